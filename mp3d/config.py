@@ -1,0 +1,307 @@
+"""Every typed configuration. Imports pydantic only, so that parsing takes 0.1 s on a machine without torch.
+
+One object travels the whole way: built by a recipe, overridden on the command line, sent as a dict through Ray Train,
+as dotted keys through Ray Tune, stored in the checkpoint, read back by ``evaluate`` and ``serve``; it is validated
+again at each door. Configs hold plain data. Field names carry their unit; the default is the main paper's setting
+unless the docstring says otherwise.
+"""
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
+
+from mp3d.errors import ConfigError
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+BackboneName = Literal["mp3d63", "mp3d18ba", "resnet3d18", "resnet3d18_v1c"]
+
+
+class Config(BaseModel):
+    """Frozen, and deaf to unknown fields: a typo is an error wherever the config comes from."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    def override(self, changes: dict[str, Any]) -> Self:
+        """Copy with dotted fields replaced, e.g. ``{"optim.lr": 0.01}``; every value is validated again.
+
+        Raises:
+            ConfigError: a path that names no field; the message lists the fields there.
+        """
+        tree = self.model_dump()
+        for path, value in changes.items():
+            *parents, leaf = path.split(".")
+            node = tree
+            for name in parents:
+                node = node.get(name) if isinstance(node, dict) else None
+            if not isinstance(node, dict) or leaf not in node:
+                known = ", ".join(sorted(node)) if isinstance(node, dict) else "none"
+                raise ConfigError(f"{type(self).__name__} has no field {path!r}; fields there: {known}")
+            node[leaf] = value
+        return type(self).model_validate(tree)
+
+
+class ClipConfig(Config):
+    """How stored slices become what the network reads (MP3D port, ``image_io_3DCE.py``; method notes 1.5)."""
+
+    num_slices: PositiveInt = 9
+    """Slices in a clip, odd; the middle one is the key slice. 3 for colour pictures (their planes)."""
+    slice_spacing_mm: PositiveFloat | None = 2.5
+    """Spacing of the clip along z; None takes the slices as they are stored, as for the planes of a picture."""
+    window_hu: tuple[float, float] = (-1024.0, 1050.0)
+    """Hounsfield range mapped linearly to 0..255 and clipped; unused for colour pictures."""
+    mean: float = 123.675
+    """Subtracted from 0..255."""
+    std: PositiveFloat = 58.395
+    """Divides after the mean is subtracted."""
+    image_size: PositiveInt = 512
+    """Pixels of the longer side after resizing, in evaluation and serving; a multiple of 32 wastes no padding."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.num_slices % 2 == 0:
+            raise ValueError(f"num_slices is {self.num_slices}; it must be odd so that there is a middle slice")
+        if self.window_hu[0] >= self.window_hu[1]:
+            raise ValueError(f"window_hu is {self.window_hu}; the lower bound comes first")
+        return self
+
+
+class AugmentConfig(Config):
+    """Random changes of a training clip; all zero switches them off."""
+
+    horizontal_flip: Fraction = 0.5
+    """Probability of mirroring left and right."""
+    z_flip: Fraction = 0.5
+    """Probability of reversing the slice order."""
+    image_sizes: tuple[PositiveInt, ...] = (448, 512, 576)
+    """Pixels of the longer side, one drawn for each batch; empty: always ``clip.image_size``."""
+    shuffle_planes: bool = False
+    """Colour pictures: a fresh random order of the three planes for every picture (VDT, ``RandomChannelShuffle``)."""
+    crop_scale: tuple[Fraction, Fraction] | None = None
+    """Colour pictures: area of the random resized crop as a share of the picture; None: no crop."""
+
+
+class DetectionHead(Config):
+    """Faster R-CNN on the key slice; the defaults are the authors' ``mp3d_groupconv.py`` (method notes 1.4)."""
+
+    kind: Literal["detection"] = "detection"
+    num_classes: PositiveInt = 1
+    """Lesion classes, the background not counted."""
+    fpn_channels: PositiveInt = 256
+    anchor_sizes_px: tuple[tuple[PositiveFloat, ...], ...] = ((16,), (32,), (64,), (128,), (256,))
+    """Square root of the anchor area, one tuple for each of the five levels P2..P6."""
+    anchor_ratios: tuple[PositiveFloat, ...] = (0.5, 1.0, 2.0)
+    """Height over width."""
+    rpn_positive_iou: Fraction = 0.7
+    rpn_negative_iou: Fraction = 0.3
+    rpn_samples: PositiveInt = 256
+    """Anchors per key slice that enter the loss, at most half of them positive."""
+    rpn_nms_iou: Fraction = 0.7
+    rpn_pre_nms: tuple[PositiveInt, PositiveInt] = (2000, 2000)
+    """Best anchors per level that enter NMS, in training and in evaluation."""
+    rpn_post_nms: tuple[PositiveInt, PositiveInt] = (1000, 1000)
+    """Proposals kept per key slice, in training and in evaluation."""
+    box_iou: Fraction = 0.5
+    """A proposal is positive from this overlap on and negative below it."""
+    box_samples: PositiveInt = 512
+    """Proposals per key slice that enter the loss, at most a quarter of them positive."""
+    box_features: PositiveInt = 1024
+    """Width of the two fully connected layers."""
+    score_threshold: Fraction = 0.0
+    box_nms_iou: Fraction = 0.5
+    max_detections: PositiveInt = 100
+    """Boxes kept per key slice."""
+
+
+class ClassificationHead(Config):
+    """Global average pool over depth, rows and columns, then one linear layer (VDT, ``use_3d_gap``)."""
+
+    kind: Literal["classification"] = "classification"
+    num_classes: PositiveInt
+    label_smoothing: Fraction = 0.1
+
+
+class ModelConfig(Config):
+    """A 3D backbone that never shrinks z, and what sits on it."""
+
+    backbone: BackboneName = "mp3d63"
+    width: PositiveFloat = 1.0
+    """Factor on every channel count of the backbone; 0.25 trains on a laptop."""
+    norm: Literal["slice_gn", "gn3d", "bn", "frozen_bn"] = "slice_gn"
+    """Group norm with statistics per slice (ours), over the whole clip (the published one), batch norm, or batch norm
+    held fixed.
+    """
+    frozen_stages: Annotated[int, Field(ge=-1, le=4)] = -1
+    """-1 trains everything, 0 freezes the stem, k also stages 1..k (the authors' counting)."""
+    head: Annotated[DetectionHead | ClassificationHead, Field(discriminator="kind")] = DetectionHead()
+
+
+class OptimConfig(Config):
+    """Optimiser and schedule; the defaults are the authors' for DeepLesion (method notes 1.6)."""
+
+    algorithm: Literal["sgd", "adamw"] = "sgd"
+    lr: PositiveFloat = 0.02
+    momentum: Fraction = 0.9
+    weight_decay: NonNegativeFloat = 1e-4
+    schedule: Literal["step", "cosine", "constant"] = "step"
+    milestones: tuple[PositiveInt, ...] = (16, 22)
+    """Epochs after which ``step`` multiplies the learning rate by ``gamma``."""
+    gamma: PositiveFloat = 0.1
+    warmup_steps: NonNegativeInt = 500
+    """Linear warm-up from a third of the learning rate."""
+    clip_grad_norm: PositiveFloat | None = 35.0
+
+
+class LoopConfig(Config):
+    """How long and on what grain; everything here changes the trained weights."""
+
+    epochs: PositiveInt = 24
+    batch_size: PositiveInt = 2
+    """Clips per worker and step."""
+    steps_per_epoch: PositiveInt | None = None
+    """None: every training clip once."""
+    num_workers: PositiveInt = 1
+    """Training processes; the global batch is ``batch_size * num_workers``."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """auto: bf16 where the device computes in it, else fp32."""
+    negatives: NonNegativeFloat = 0.0
+    """Slices without a lesion drawn per slice with one, from series that were searched completely."""
+    max_validation_clips: PositiveInt | None = None
+    """Evenly spread over the validation split; None: all."""
+    seed: NonNegativeInt = 0
+
+
+class LaunchConfig(Config):
+    """Where it runs; nothing here changes the trained weights, so it may differ when a run is resumed."""
+
+    runner: Literal["ray", "local"] = "ray"
+    """ray: Ray Train workers; local: this process, without Ray (one worker)."""
+    storage_path: str = "runs"
+    """Folder of all runs; with several nodes, one that all of them mount."""
+    accelerator: Literal["auto", "cpu", "gpu"] = "auto"
+    """auto: a GPU per worker where the cluster has one now; say gpu where an autoscaler starts from none."""
+    cpus_per_worker: PositiveFloat = 1.0
+    loader_workers: NonNegativeInt = 0
+    """Processes that read and decode clips beside each training process."""
+    keep_checkpoints: PositiveInt = 2
+    """Best checkpoints kept; the latest is always kept."""
+    max_failures: NonNegativeInt = 2
+    """Restarts of the worker group after a lost worker (ray)."""
+    wait_for_resources_s: NonNegativeFloat = 0.0
+    """How long to wait for missing CPUs or GPUs (an autoscaler) before giving up."""
+
+
+class TrackingConfig(Config):
+    """Weights & Biases; a run never depends on it."""
+
+    mode: Literal["auto", "online", "offline", "disabled"] = "auto"
+    """auto: online where an API key is present, else offline."""
+    project: str = "mp3d"
+    group: str | None = None
+
+
+class TrainConfig(Config):
+    """One training run, complete."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=120)]
+    """The run's identity inside ``launch.storage_path``: the same name resumes it."""
+    shards: str
+    """Folder that ``jobs/prepare.py`` wrote."""
+    init_from: str | None = None
+    """Checkpoint (or run) whose backbone weights start this run."""
+    clip: ClipConfig = ClipConfig()
+    augment: AugmentConfig = AugmentConfig()
+    model: ModelConfig = ModelConfig()
+    optim: OptimConfig = OptimConfig()
+    loop: LoopConfig = LoopConfig()
+    launch: LaunchConfig = LaunchConfig()
+    tracking: TrackingConfig = TrackingConfig()
+
+    def identity(self) -> dict[str, Any]:
+        """What must be equal for a run to be resumed: everything but where it runs and who watches."""
+        return self.model_dump(mode="json", exclude={"launch", "tracking"})
+
+
+class ServeConfig(Config):
+    """The endpoint. Model and clip are not here: the checkpoint knows them."""
+
+    checkpoint: str
+    """Checkpoint (or run) to serve."""
+    score_threshold: Fraction = 0.3
+    """Findings below it are not reported."""
+    max_findings: PositiveInt = 200
+    num_replicas: PositiveInt = 1
+    cpus_per_replica: PositiveFloat = 1.0
+    gpus_per_replica: NonNegativeFloat = 0.0
+    max_upload_mb: PositiveInt = 1024
+    """Largest request body."""
+    max_unpacked_mb: PositiveInt = 4096
+    """Largest sum of the files in the zip."""
+    max_slices: PositiveInt = 2000
+    """Most files in the zip."""
+
+
+class SweepConfig(Config):
+    """A search by Ray Tune over one recipe; ASHA stops what is worse."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=120)]
+    """The sweep's folder inside ``base.launch.storage_path``: the same name resumes it."""
+    base: TrainConfig
+    num_trials: PositiveInt = 8
+    lr: tuple[PositiveFloat, PositiveFloat] = (1e-3, 1e-1)
+    """Bounds of the learning rate, drawn evenly on a log scale."""
+    anchor_ratios: tuple[tuple[PositiveFloat, ...], ...] = ((0.5, 1.0, 2.0), (0.7, 1.0, 1.4), (1.0,))
+    """Sets of ratios to choose from."""
+    frozen_stages: tuple[Annotated[int, Field(ge=-1, le=4)], ...] = (-1, 0, 1)
+    grace_epochs: PositiveInt = 1
+    """Epochs that every trial may run before it can be stopped."""
+    reduction_factor: Annotated[int, Field(ge=2)] = 3
+    """Of the trials that reach a rung, one in so many goes on."""
+    max_concurrent: NonNegativeInt = 0
+    """Trials at a time; 0: as many as the cluster's CPUs and GPUs carry."""
+    seed: NonNegativeInt = 0
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.lr[0] >= self.lr[1]:
+            raise ValueError(f"lr is {self.lr}; the lower bound comes first")
+        if self.base.model.head.kind != "detection":
+            raise ValueError(
+                f"a sweep tunes a detector; the base recipe {self.base.name!r} has a {self.base.model.head.kind} head"
+            )
+        if self.base.loop.num_workers != 1:
+            raise ValueError(
+                f"a trial is one process; base.loop.num_workers is {self.base.loop.num_workers}, set it to 1"
+            )
+        return self
+
+
+class EvaluateConfig(Config):
+    """Metrics of a checkpoint on one split of prepared shards."""
+
+    checkpoint: str
+    """Checkpoint (or run) to judge."""
+    shards: str
+    """Folder that ``jobs/prepare.py`` wrote."""
+    out: str
+    """Folder for report.html, froc.png, metrics.json and predictions.parquet."""
+    split: str = "test"
+    ablations: bool = False
+    """Also judge the same network without training, and fed its key slice nine times (no z context)."""
+    max_clips: PositiveInt | None = None
+    """Evenly spread over the split; None: every annotated slice."""
+    batch_size: PositiveInt = 4
+    runner: Literal["ray", "local"] = "ray"
+    """ray: Ray Data over ``num_workers`` processes; local: this process."""
+    num_workers: PositiveInt = 1
+    cpus_per_worker: PositiveFloat = 1.0
+    accelerator: Literal["auto", "cpu", "gpu"] = "auto"
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
