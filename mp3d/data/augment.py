@@ -1,0 +1,55 @@
+"""Random changes of one training clip and its truth. Every function draws from the generator it is given."""
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchvision.transforms.v2 import functional as F
+
+from mp3d.config import AugmentConfig
+from mp3d.sample import Clip, Target
+
+
+def augment(
+    clip: Clip, targets: list[Target], config: AugmentConfig, rng: np.random.Generator
+) -> tuple[Clip, list[Target]]:
+    """Apply what the config asks for; ``targets`` is per key slice and follows the order of ``clip.key_slices``."""
+    slices, key_slices = clip.slices, clip.key_slices
+    if config.crop_scale is not None:
+        slices = random_resized_crop(slices, config.crop_scale, rng)
+    if config.shuffle_planes:
+        slices = slices[torch.from_numpy(rng.permutation(len(slices)))]
+    if rng.random() < config.horizontal_flip:
+        slices, targets = slices.flip(-1), [mirrored(target, slices.shape[-1]) for target in targets]
+    if rng.random() < config.z_flip:
+        slices, targets = slices.flip(0), targets[::-1]
+        key_slices = tuple(len(slices) - 1 - key for key in reversed(key_slices))
+    return Clip(slices, key_slices), targets
+
+
+def mirrored(target: Target, width: int) -> Target:
+    """Left and right swapped: with half-open boxes ``x' = width - x``."""
+    changed = target.copy()
+    if "boxes" in changed:
+        x1, y1, x2, y2 = changed["boxes"].unbind(1)
+        changed["boxes"] = torch.stack([width - x2, y1, width - x1, y2], dim=1)
+    if "mask" in changed:
+        changed["mask"] = changed["mask"].flip(-1)
+    return changed
+
+
+def random_resized_crop(planes: Tensor, scale: tuple[float, float], rng: np.random.Generator) -> Tensor:
+    """A random part of a picture, its aspect ratio up to 4:3 away from the picture's, brought back to the picture's
+    size.
+
+    Args:
+        planes: ``(3, h, w)`` uint8.
+        scale: least and greatest area of the part, as a share of the picture.
+    """
+    height, width = planes.shape[-2:]
+    area = rng.uniform(*scale)
+    ratio = np.exp(rng.uniform(np.log(3 / 4), np.log(4 / 3)))
+    crop_height = min(height, max(1, round(height * float(np.sqrt(area / ratio)))))
+    crop_width = min(width, max(1, round(width * float(np.sqrt(area * ratio)))))
+    top = int(rng.integers(height - crop_height + 1))
+    left = int(rng.integers(width - crop_width + 1))
+    return F.resized_crop(planes, top, left, crop_height, crop_width, [height, width], antialias=True)

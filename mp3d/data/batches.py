@@ -1,0 +1,205 @@
+"""Shards to batches of clips, by plain pyarrow.
+
+Which sample stands at which place of a run is a pure function of the seed: training reads an endless stream of
+shuffled passes over the split, cut into global batches and dealt to the ranks. So every rank has the same number of
+steps whatever the shards look like, and a resumed run goes on with the very next sample without any stored state.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from mp3d.config import AugmentConfig, ClipConfig
+from mp3d.data.augment import augment
+from mp3d.data.clips import resample_z, window_positions
+from mp3d.data.shard import Row, SeriesEntry, ShardSet, decode_image, decode_truth
+from mp3d.errors import DataError
+from mp3d.sample import Clip, Target
+
+PICTURE_GROUPS_MIXED = 8
+"""Row groups of pictures that are shuffled together: random order at the cost of reading each group about once a pass."""
+
+
+@dataclass(frozen=True)
+class SliceInfo:
+    """Which stored slice (or picture) a key slice is."""
+
+    patient: str
+    series: str
+    z_index: int
+    spacing_mm: tuple[float, float, float] | None
+    """z, y, x."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Clips, and per key slice in clip order what is true of it and where it comes from."""
+
+    clips: list[Clip]
+    targets: list[Target]
+    infos: list[SliceInfo]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A key slice: series of the split, and row in it."""
+
+    entry: SeriesEntry
+    row: int
+
+
+@dataclass(frozen=True)
+class Place:
+    """A place in the training stream: which sample, and the number that seeds its augmentation."""
+
+    sample: int
+    position: int
+
+
+class ClipDataset(Dataset):
+    """Key slices of one split with the slices around them."""
+
+    def __init__(
+        self,
+        shards: ShardSet,
+        samples: list[Sample],
+        clip: ClipConfig,
+        augmentation: AugmentConfig | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.shards, self.samples, self.clip = shards, samples, clip
+        self.augmentation, self.seed = augmentation, seed
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, place: Place) -> tuple[Clip, list[Target], SliceInfo]:
+        sample = self.samples[place.sample]
+        clip, target, info = read_clip(self.shards, sample, self.clip)
+        targets = [target]
+        if self.augmentation is not None:
+            rng = np.random.default_rng([self.seed, place.position])
+            clip, targets = augment(clip, targets, self.augmentation, rng)
+        return clip, targets, info
+
+
+def read_clip(shards: ShardSet, sample: Sample, clip: ClipConfig) -> tuple[Clip, Target, SliceInfo]:
+    """One clip with its key slice in the middle, interpolated to the spacing of the clip."""
+    entry = sample.entry
+    if entry.spacing_mm is None:
+        key = shards.read_rows(entry, sample.row, sample.row + 1)[0]
+        planes = torch.from_numpy(decode_image(key).copy())
+        if len(planes) != clip.num_slices:
+            raise DataError(
+                f"{shards.folder} holds pictures of {len(planes)} planes, clip.num_slices is {clip.num_slices}; set it to 3"
+            )
+        made = Clip(planes, (len(planes) // 2,))
+    else:
+        positions = window_positions(sample.row, entry.num_rows, entry.spacing_mm[0], clip)
+        first, last = int(np.floor(positions.min())), int(np.ceil(positions.max()))
+        rows = shards.read_rows(entry, first, last + 1)
+        key = rows[sample.row - first]
+        stack = np.stack([decode_image(row) for row in rows])
+        made = Clip(torch.from_numpy(resample_z(stack, positions - first)), (clip.num_slices // 2,))
+    return made, _target(key), SliceInfo(key["patient"], key["series"], key["z_index"], entry.spacing_mm)
+
+
+def annotated_samples(shards: ShardSet, split: str, negatives: float = 0.0) -> tuple[list[Sample], list[Sample]]:
+    """Key slices with boxes, and the searched slices without that may stand beside them (none where ``negatives`` is 0).
+
+    Raises:
+        DataError: no slice of the split has a box.
+    """
+    entries = shards.split(split)
+    positives = [Sample(entry, row) for entry in entries for row in entry.rows_with_boxes()]
+    if not positives:
+        raise DataError(f"split {split!r} of {shards.folder} has no slice with a box; nothing to detect")
+    spare = [Sample(entry, row) for entry in entries for row in entry.rows_without_boxes()] if negatives else []
+    return positives, spare
+
+
+def picture_samples(shards: ShardSet, split: str) -> list[Sample]:
+    return [Sample(entry, row) for entry in shards.split(split) for row in range(entry.num_rows)]
+
+
+def training_loader(
+    dataset: ClipDataset, stream: "Stream", *, batch_size: int, steps: range, rank: int, world_size: int, workers: int
+) -> DataLoader:
+    """Batches of one rank for a range of global steps."""
+    places = [
+        [stream.place(step * batch_size * world_size + rank * batch_size + i) for i in range(batch_size)]
+        for step in steps
+    ]
+    return DataLoader(dataset, batch_sampler=places, collate_fn=collate, num_workers=workers, persistent_workers=False)
+
+
+def evaluation_batches(
+    dataset: ClipDataset, *, batch_size: int, rank: int = 0, world_size: int = 1, workers: int = 0
+) -> DataLoader:
+    """Every sample once, in order, dealt to the ranks; without augmentation."""
+    mine = range(rank, len(dataset), world_size)
+    places = [[Place(i, i) for i in mine[start : start + batch_size]] for start in range(0, len(mine), batch_size)]
+    return DataLoader(dataset, batch_sampler=places, collate_fn=collate, num_workers=workers)
+
+
+def collate(parts: list[tuple[Clip, list[Target], SliceInfo]]) -> Batch:
+    clips, targets, infos = zip(*parts, strict=True)
+    return Batch(list(clips), [target for per_clip in targets for target in per_clip], list(infos))
+
+
+class Stream:
+    """An endless stream of shuffled passes over the samples; ``place(i)`` is a pure function of the seed.
+
+    A pass holds every positive once and, drawn anew each time, ``negatives`` times as many of the spare ones.
+    """
+
+    def __init__(self, positives: list[Sample], spare: list[Sample], *, negatives: float, seed: int) -> None:
+        self.samples = positives + spare
+        self.num_positives = len(positives)
+        self.num_spare = min(len(spare), round(negatives * len(positives)))
+        self.seed = seed
+        self._pass = lru_cache(maxsize=2)(self._shuffled_pass)
+
+    def __len__(self) -> int:
+        """Samples in one pass."""
+        return self.num_positives + self.num_spare
+
+    def place(self, position: int) -> Place:
+        number, offset = divmod(position, len(self))
+        return Place(int(self._pass(number)[offset]), position)
+
+    def _shuffled_pass(self, number: int) -> np.ndarray:
+        rng = np.random.default_rng([self.seed, number])
+        spare = rng.permutation(len(self.samples) - self.num_positives)[: self.num_spare] + self.num_positives
+        chosen = np.concatenate([np.arange(self.num_positives), spare])
+        if self.samples[0].entry.spacing_mm is not None:
+            return rng.permutation(chosen)
+        return np.concatenate(list(_locally_shuffled(self.samples, rng)))
+
+
+def _locally_shuffled(samples: list[Sample], rng: np.random.Generator) -> Iterator[np.ndarray]:
+    """Pictures: row groups in random order, a few of them mixed at a time, so that none is read over and over."""
+    groups: dict[tuple[str, int], list[int]] = {}
+    for index, sample in enumerate(samples):
+        groups.setdefault((sample.entry.series, sample.row // sample.entry.rows_per_group), []).append(index)
+    order = [list(groups.values())[i] for i in rng.permutation(len(groups))]
+    for start in range(0, len(order), PICTURE_GROUPS_MIXED):
+        yield rng.permutation(np.concatenate(order[start : start + PICTURE_GROUPS_MIXED]))
+
+
+def _target(row: Row) -> Target:
+    target: Target = {}
+    truth = decode_truth(row)
+    if truth.boxes is not None:
+        target["boxes"] = torch.from_numpy(truth.boxes.copy())
+        labels = np.ones(len(truth.boxes), np.int64) if truth.labels is None else truth.labels
+        target["labels"] = torch.from_numpy(labels.copy())
+    if row["image_label"] is not None:
+        target["label"] = torch.tensor(row["image_label"])
+    if truth.mask is not None:
+        target["mask"] = torch.from_numpy(truth.mask.copy())
+    return target

@@ -1,0 +1,89 @@
+"""Slices to clips: the z grid of the network, interpolated from the slices that a series really has.
+
+A clip has its own spacing (2.5 mm in the papers, method notes 1.5). Around a key slice the neighbours lie at multiples
+of that spacing; a whole series is read on one grid of that spacing, anchored at its first slice. Positions beyond the
+ends are clamped to the outermost slice, as the authors' loader steps back towards the key slice. Differs from the
+authors' ``image_io_3DCE.py``: they compute the two weights once and reuse them for every neighbour, which is off by up
+to 1.5 mm at 3 and 4 mm spacing; here every neighbour has its own.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float, Int16
+
+from mp3d.config import ClipConfig
+
+
+def window_positions(
+    key: int, num_source: int, source_spacing_mm: float | None, clip: ClipConfig
+) -> Float[np.ndarray, "d"]:
+    """Where the slices of the clip around a key slice lie, in (fractional) slice numbers of the series.
+
+    Args:
+        key: number of the key slice, 0..num_source-1.
+        num_source: slices in the series.
+        source_spacing_mm: their spacing; unused where ``clip.slice_spacing_mm`` is None.
+    """
+    offsets = np.arange(clip.num_slices) - clip.num_slices // 2
+    return np.clip(key + offsets * _step(source_spacing_mm, clip), 0, num_source - 1)
+
+
+def resample_z(slices: Int16[np.ndarray, "n h w"], positions: Float[np.ndarray, "d"]) -> Int16[np.ndarray, "d h w"]:
+    """Linear interpolation along z at fractional slice numbers, rounded to whole HU. Whole numbers are copied exactly."""
+    lower = np.floor(positions).astype(int)
+    weights = positions - lower
+    out = np.empty((len(positions), *slices.shape[1:]), np.int16)
+    for i, (low, weight) in enumerate(zip(lower, weights, strict=True)):
+        if weight == 0:
+            out[i] = slices[low]
+        else:
+            mixed = slices[low].astype(np.float32)
+            mixed += np.float32(weight) * (slices[low + 1].astype(np.float32) - mixed)
+            np.rint(mixed, out=mixed)
+            out[i] = mixed
+    return out
+
+
+@dataclass(frozen=True)
+class SeriesGrid:
+    """The grid on which a whole series is inferred, and the way back to its own slices.
+
+    Attributes:
+        num_source: slices of the series.
+        step: source slices per grid slice.
+        positions: ``(g,)`` fractional slice numbers of the grid slices, from 0 to at most ``num_source - 1``.
+    """
+
+    num_source: int
+    step: float
+    positions: Float[np.ndarray, "g"]
+
+    def window(self, index: int, num_slices: int) -> Float[np.ndarray, "d"]:
+        """Positions of the clip whose key slice is the grid slice ``index``; clamped at the ends of the series."""
+        offsets = np.arange(num_slices) - num_slices // 2
+        return np.clip(self.positions[index] + offsets * self.step, 0, self.num_source - 1)
+
+    @property
+    def nearest_source(self) -> np.ndarray:
+        """``(g,)`` the source slice that each grid slice answers for."""
+        return np.minimum(np.floor(self.positions + 0.5).astype(int), self.num_source - 1)
+
+
+def series_grid(num_source: int, source_spacing_mm: float, clip: ClipConfig) -> SeriesGrid:
+    """Grid of the clip's spacing over a whole series, anchored at its first slice."""
+    step = _step(source_spacing_mm, clip)
+    # a hair of tolerance, so that the last slice is not lost to rounding where the spacings divide evenly
+    count = int(np.floor((num_source - 1) / step + 1e-6)) + 1
+    return SeriesGrid(num_source, step, np.minimum(np.arange(count) * step, num_source - 1))
+
+
+def _step(source_spacing_mm: float | None, clip: ClipConfig) -> float:
+    """Source slices per clip slice."""
+    if clip.slice_spacing_mm is None:
+        return 1.0
+    if source_spacing_mm is None:
+        raise ValueError(
+            "slices of unknown spacing cannot be put on a grid of millimetres; set clip.slice_spacing_mm to None"
+        )
+    return clip.slice_spacing_mm / source_spacing_mm

@@ -1,0 +1,70 @@
+"""One series as a reader hands it over: pixels in HU, where they lie in the patient, and what was annotated."""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from jaxtyping import Float, Int16, UInt8
+
+
+@dataclass(frozen=True)
+class Volume:
+    """A regular stack of parallel CT slices.
+
+    Attributes:
+        hu: ``(d, h, w)`` int16 Hounsfield units; slices in ascending order along the slice normal.
+        affine: 4 x 4 float64; maps the index ``(column, row, slice, 1)`` of a voxel's centre to patient millimetres
+        (LPS).
+    """
+
+    hu: Int16[np.ndarray, "d h w"]
+    affine: Float[np.ndarray, "4 4"]
+
+    @property
+    def spacing_mm(self) -> tuple[float, float, float]:
+        """Distance between voxel centres along (z, y, x): slices, rows, columns."""
+        x, y, z = np.linalg.norm(self.affine[:3, :3], axis=0)
+        return float(z), float(y), float(x)
+
+
+@dataclass(frozen=True)
+class Truth:
+    """What is known of one slice. ``None`` means nobody looked; an empty array means looked, none found."""
+
+    boxes: Float[np.ndarray, "b 4"] | None = None
+    """float32, xyxy, pixels, half-open: the box of the single pixel (x, y) is ``[x, y, x + 1, y + 1]``."""
+    labels: np.ndarray | None = None
+    """``(b,)`` int, from 1; one for each box."""
+    mask: UInt8[np.ndarray, "h w"] | None = None
+    """Label of every pixel, 0 where nothing is."""
+
+
+@dataclass(frozen=True)
+class CTSeries:
+    """A CT series with its identity (as the source says it; hashed on writing) and one :class:`Truth` per slice."""
+
+    patient: str
+    study: str
+    series: str
+    volume: Volume
+    truths: tuple[Truth, ...]
+    first_index: int = 0
+    """Number of the first slice in the source, for data sets that number their slices (DeepLesion)."""
+    warnings: tuple[str, ...] = field(default=())
+    """Reason codes of what was tolerated, e.g. ``LOCALIZER_DROPPED``."""
+
+    def __post_init__(self) -> None:
+        if len(self.truths) != len(self.volume.hu):
+            raise ValueError(f"{len(self.truths)} truths for {len(self.volume.hu)} slices; there must be one per slice")
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A colour picture, kept as its JPEG bytes."""
+
+    name: str
+    """Stands for patient, study and series; hashed on writing."""
+    jpeg: bytes
+    rows: int
+    columns: int
+    image_label: int | None = None
+    truth: Truth = Truth()

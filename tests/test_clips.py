@@ -1,0 +1,81 @@
+"""The z grid: exact offsets at every spacing, clamped ends, and the way back to the source slices."""
+
+import numpy as np
+import pytest
+
+from mp3d.config import ClipConfig
+from mp3d.data.clips import resample_z, series_grid, window_positions
+
+NINE = ClipConfig()
+
+
+@pytest.mark.parametrize(
+    ("spacing_mm", "offsets"),
+    [
+        (0.5, [5, 10, 15, 20]),
+        (1.0, [2.5, 5, 7.5, 10]),
+        (1.25, [2, 4, 6, 8]),
+        (2.0, [1.25, 2.5, 3.75, 5]),
+        (2.5, [1, 2, 3, 4]),
+        (3.0, [2.5 / 3, 5 / 3, 2.5, 10 / 3]),
+        (4.0, [0.625, 1.25, 1.875, 2.5]),
+        (5.0, [0.5, 1, 1.5, 2]),
+    ],
+)
+def test_neighbours_lie_at_multiples_of_the_clip_spacing(spacing_mm: float, offsets: list[float]):
+    positions = window_positions(50, 101, spacing_mm, NINE)
+    np.testing.assert_allclose(positions - 50, [-o for o in offsets[::-1]] + [0, *offsets], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("spacing_mm", "expected"),
+    [(1.25, [-2, -2, -2, -2, 0, 2, 2, 2, 2]), (5.0, [-2, -1.5, -1, -0.5, 0, 0.5, 1, 1.5, 2])],
+)
+def test_missing_neighbours_step_back_to_the_outermost_slice(spacing_mm: float, expected: list[float]):
+    assert (window_positions(2, 5, spacing_mm, NINE) - 2).tolist() == expected
+
+
+def test_planes_of_a_picture_keep_their_places():
+    assert window_positions(1, 3, None, ClipConfig(num_slices=3, slice_spacing_mm=None)).tolist() == [0, 1, 2]
+
+
+def test_unknown_spacing_cannot_be_put_on_a_grid_of_millimetres():
+    with pytest.raises(ValueError, match="unknown spacing"):
+        window_positions(1, 3, None, NINE)
+
+
+def test_resample_is_linear_and_copies_whole_positions():
+    rng = np.random.default_rng(0)
+    slices = rng.integers(-1024, 3072, (7, 5, 4)).astype(np.int16)
+    positions = np.array([0, 0.25, 2.5, 5.999, 6])
+    resampled = resample_z(slices, positions)
+    for got, position in zip(resampled, positions, strict=True):
+        low = min(int(position), 5)
+        exact = slices[low] + (position - low) * (slices[low + 1].astype(float) - slices[low])
+        assert np.abs(got - exact).max() <= 0.501
+    assert (resampled[0] == slices[0]).all()
+    assert (resampled[-1] == slices[-1]).all()
+
+
+def test_resample_does_not_overflow_between_the_extremes():
+    slices = np.array([-32768, 32767], np.int16).reshape(2, 1, 1)
+    assert resample_z(slices, np.array([0.5])).item() in (0, -1)
+
+
+@pytest.mark.parametrize(
+    ("num_source", "spacing_mm", "grid_slices"), [(21, 1.0, 9), (21, 2.5, 21), (21, 5.0, 41), (1, 5.0, 1), (9, 2.0, 7)]
+)
+def test_series_grid_covers_the_series(num_source: int, spacing_mm: float, grid_slices: int):
+    grid = series_grid(num_source, spacing_mm, NINE)
+    assert len(grid.positions) == grid_slices
+    assert grid.positions[0] == 0
+    assert grid.positions[-1] <= num_source - 1
+    assert (num_source - 1 - grid.positions[-1]) * spacing_mm < 2.5
+    assert np.abs(grid.nearest_source - grid.positions).max() <= 0.5
+    assert set(grid.nearest_source) <= set(range(num_source))
+
+
+def test_a_window_of_the_grid_equals_the_window_of_a_key_slice_where_both_exist():
+    grid = series_grid(40, 2.5, NINE)
+    for key in (0, 3, 20, 39):
+        np.testing.assert_allclose(grid.window(key, 9), window_positions(key, 40, 2.5, NINE))
