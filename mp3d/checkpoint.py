@@ -1,0 +1,207 @@
+"""A checkpoint: a directory that knows itself, and nothing in it is ever unpickled.
+
+    config.json            the complete TrainConfig that made it
+    model.safetensors      the model's state dict
+    trainer.safetensors    optimiser and random-number tensors      } to go on training;
+    trainer.json           optimiser groups, epoch, step            } evaluation and serving ignore them
+    metrics.json           epoch, score and the metrics of that epoch
+    manifest.json          written last: format version and the SHA-256 of every other file
+
+No manifest, no checkpoint. A *run* is a directory of checkpoints (``epoch_0001`` ...); wherever a checkpoint is asked
+for, a run will do and stands for its best.
+"""
+
+import json
+import warnings
+from dataclasses import dataclass, field
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.optim import Optimizer
+
+from mp3d.config import TrainConfig
+from mp3d.errors import CheckpointError
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+KIND = "mp3d-checkpoint"
+
+
+@dataclass(frozen=True)
+class TrainerState:
+    """What a run needs besides the model's weights to go on as if it had never stopped."""
+
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    values: dict[str, Any] = field(default_factory=dict)
+    """Plain JSON values."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An opened and verified checkpoint."""
+
+    path: Path
+    config: TrainConfig
+    epoch: int
+    score: float
+    metrics: dict[str, float]
+    digest: str
+    """SHA-256 of the manifest, which holds the SHA-256 of every file: the model's name in reports and answers."""
+
+    def model_state(self) -> dict[str, Tensor]:
+        return load_file(self.path / "model.safetensors")
+
+    def trainer_state(self) -> TrainerState:
+        """Raises: CheckpointError if it was saved without one."""
+        if not (self.path / "trainer.json").exists():
+            raise CheckpointError(f"{self.path} holds no trainer state: it can be evaluated and served, not resumed")
+        return TrainerState(
+            load_file(self.path / "trainer.safetensors"), json.loads((self.path / "trainer.json").read_text())
+        )
+
+
+def epoch_directory(epoch: int) -> str:
+    return f"epoch_{epoch:04d}"
+
+
+def save_checkpoint(
+    directory: Path,
+    *,
+    config: TrainConfig,
+    model_state: dict[str, Tensor],
+    epoch: int,
+    score: float,
+    metrics: dict[str, float],
+    trainer: TrainerState | None = None,
+) -> None:
+    """Write a checkpoint into an existing empty directory; the manifest comes last."""
+    _write_json(directory / "config.json", config.model_dump(mode="json"))
+    save_file({name: tensor.contiguous() for name, tensor in model_state.items()}, directory / "model.safetensors")
+    if trainer is not None:
+        save_file(trainer.tensors, directory / "trainer.safetensors")
+        _write_json(directory / "trainer.json", trainer.values)
+    _write_json(directory / "metrics.json", {"epoch": epoch, "score": score, "metrics": metrics})
+    files = {path.name: _sha256(path) for path in sorted(directory.iterdir())}
+    _write_json(directory / MANIFEST, {"kind": KIND, "format_version": FORMAT_VERSION, "files": files})
+
+
+def open_checkpoint(path: str | Path) -> Checkpoint:
+    """Open a checkpoint, or the best intact checkpoint of a run.
+
+    Raises:
+        CheckpointError: nothing there, a torn or altered checkpoint, or one of another format version.
+    """
+    path = Path(path)
+    if (path / MANIFEST).exists():
+        return _open_verified(path)
+    candidates = checkpoints_of(path)
+    if not candidates:
+        raise CheckpointError(
+            f"{path} is neither a checkpoint (it has no {MANIFEST}) nor a run that holds one; "
+            "give the folder that training printed, such as runs/<name>"
+        )
+    ranked = sorted(candidates, key=lambda candidate: (_score(candidate), candidate.name), reverse=True)
+    return _first_intact(ranked, path)
+
+
+def latest_checkpoint(run: Path) -> Checkpoint | None:
+    """The newest intact checkpoint of a run; None if there is none. Damaged ones are named in a warning and passed
+    over.
+
+    Raises:
+        CheckpointError: there are checkpoints, and all of them are damaged.
+    """
+    candidates = checkpoints_of(run)
+    return _first_intact(candidates[::-1], run) if candidates else None
+
+
+def checkpoints_of(run: Path) -> list[Path]:
+    """The committed checkpoints of a run, oldest first."""
+    return sorted(path.parent for path in run.glob(f"epoch_*/{MANIFEST}"))
+
+
+def pack_optimizer(optimizer: Optimizer) -> TrainerState:
+    """Optimiser state as named tensors and plain values."""
+    state = optimizer.state_dict()
+    tensors, numbers = {}, {}
+    for index, slots in state["state"].items():
+        for name, value in slots.items():
+            if isinstance(value, Tensor):
+                tensors[f"optimizer.{index}.{name}"] = value.contiguous()
+            elif value is not None:
+                numbers[f"{index}.{name}"] = value
+    return TrainerState(tensors, {"param_groups": state["param_groups"], "optimizer_numbers": numbers})
+
+
+def unpack_optimizer(optimizer: Optimizer, trainer: TrainerState) -> None:
+    """Put back what :func:`pack_optimizer` took."""
+    slots: dict[int, dict[str, Any]] = {}
+    for key, tensor in trainer.tensors.items():
+        if key.startswith("optimizer."):
+            _, index, name = key.split(".", 2)
+            slots.setdefault(int(index), {})[name] = tensor
+    for key, number in trainer.values["optimizer_numbers"].items():
+        index, name = key.split(".", 1)
+        slots.setdefault(int(index), {})[name] = number
+    optimizer.load_state_dict({"state": slots, "param_groups": trainer.values["param_groups"]})
+
+
+def _first_intact(candidates: list[Path], run: Path) -> Checkpoint:
+    faults = []
+    for candidate in candidates:
+        try:
+            return _open_verified(candidate)
+        except CheckpointError as error:
+            faults.append(str(error))
+            warnings.warn(f"passed over: {error}", stacklevel=3)
+    raise CheckpointError(f"every checkpoint of {run} is damaged: " + "; ".join(faults))
+
+
+def _open_verified(path: Path) -> Checkpoint:
+    try:
+        manifest = json.loads((path / MANIFEST).read_text())
+        if manifest["kind"] != KIND:
+            raise CheckpointError(f"{path / MANIFEST} is of kind {manifest['kind']!r}, not {KIND!r}")
+        if manifest["format_version"] != FORMAT_VERSION:
+            raise CheckpointError(
+                f"{path} has format version {manifest['format_version']}, this program reads {FORMAT_VERSION}; "
+                "train again, or use the program version that wrote it"
+            )
+        for name, expected in manifest["files"].items():
+            if _sha256(path / name) != expected:
+                raise CheckpointError(f"{path / name} does not match its SHA-256 in {MANIFEST}: it was altered or torn")
+        facts = json.loads((path / "metrics.json").read_text())
+        return Checkpoint(
+            path=path,
+            config=TrainConfig.model_validate(json.loads((path / "config.json").read_text())),
+            epoch=facts["epoch"],
+            score=facts["score"],
+            metrics=facts["metrics"],
+            digest=_sha256(path / MANIFEST),
+        )
+    except (OSError, ValueError, KeyError, TypeError, ValidationError, SafetensorError) as error:
+        raise CheckpointError(f"{path} is no intact checkpoint: {type(error).__name__}: {error}") from error
+
+
+def _score(path: Path) -> float:
+    try:
+        return float(json.loads((path / "metrics.json").read_text())["score"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return float("-inf")
+
+
+def _write_json(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        digest = sha256()
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()

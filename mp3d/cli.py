@@ -1,0 +1,229 @@
+"""What every job shares: the command line of a recipe, readable failures, exit codes, where relative paths lie.
+
+Exit codes: 0 done, 1 a defect (with a traceback), 2 wrong command or configuration, 3 data or checkpoint that cannot
+be used, 4 missing resources, 5 prepared, but more was refused than allowed, 130 interrupted.
+"""
+
+import difflib
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Generic, TypeVar
+
+import tyro
+from pydantic import ValidationError
+
+from mp3d.checkpoint import open_checkpoint
+from mp3d.config import Config, SweepConfig, TrainConfig
+from mp3d.data.made_world import ensure_synthetic_shards
+from mp3d.errors import ConfigError, Mp3dError
+from mp3d.launch import run_training
+from mp3d.recipes import Recipe
+from mp3d.sweep import run_sweep, trials_table
+from mp3d.tracking import tracking_mode
+
+EXIT_CODES = """exit codes: 0 done · 1 defect · 2 wrong command or configuration · 3 unusable data or checkpoint ·
+4 missing resources · 130 interrupted"""
+
+
+C = TypeVar("C", bound=Config)
+
+
+@dataclass(frozen=True)
+class Command(Generic[C]):
+    """A parsed command line."""
+
+    config: C
+    dry_run: bool
+    default_recipe: bool
+    """No recipe was named."""
+
+
+def parse_recipe(
+    recipes: Sequence[Recipe],
+    default: Recipe,
+    *,
+    about: str,
+    argv: Sequence[str] | None,
+    build: Callable[[TrainConfig], C],
+) -> Command[C]:
+    """``[RECIPE] [--field value ...] [--dry-run]``; without a recipe the default one is taken.
+
+    Usage errors exit with 2, as ``--help`` does with 0.
+
+    Args:
+        build: makes the job's configuration of a recipe's.
+
+    Raises:
+        ConfigError: no such recipe; the message has the nearest name.
+    """
+    args = list(sys.argv[1:] if argv is None else argv)
+    if args[:1] in (["-h"], ["--help"]):
+        print(overview(recipes, about))
+        sys.exit(0)
+    named = bool(args) and not args[0].startswith("-")
+    recipe = find_recipe(recipes, args.pop(0)) if named else default
+    config = build(recipe())
+
+    def command(
+        config: Annotated[type(config), tyro.conf.arg(name="")] = config,  # type: ignore[valid-type]
+        dry_run: Annotated[bool, tyro.conf.arg(help="Print the plan and stop.")] = False,
+    ) -> Command[C]:
+        return Command(config, dry_run, default_recipe=not named)
+
+    return tyro.cli(
+        command,
+        args=args,
+        prog=f"{Path(sys.argv[0]).name} {recipe.__name__}",
+        description=(recipe.__doc__ or "").splitlines()[0],
+        config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagCreatePairsOff),
+    )
+
+
+def parse(kind: type[C], *, about: str, argv: Sequence[str] | None) -> Command[C]:
+    """``--field value ... [--dry-run]`` of a configuration without recipes."""
+
+    def command(
+        config: Annotated[kind, tyro.conf.arg(name="")],  # type: ignore[valid-type]
+        dry_run: Annotated[bool, tyro.conf.arg(help="Print the plan and stop.")] = False,
+    ) -> Command[C]:
+        return Command(config, dry_run, default_recipe=False)
+
+    return tyro.cli(
+        command, args=argv, description=f"{about.strip()}\n\n{EXIT_CODES}", config=(tyro.conf.FlagCreatePairsOff,)
+    )
+
+
+def overview(recipes: Sequence[Recipe], about: str) -> str:
+    """The help of a job that takes a recipe."""
+    lines = [f"  {recipe.__name__:<26}{(recipe.__doc__ or '').splitlines()[0]}" for recipe in recipes]
+    return "\n".join([about.strip(), "", "recipes (RECIPE --help lists the fields of one):", *lines, "", EXIT_CODES])
+
+
+def find_recipe(recipes: Sequence[Recipe], name: str) -> Recipe:
+    """Raises: ConfigError, with the nearest name, where there is no such recipe."""
+    by_name = {recipe.__name__: recipe for recipe in recipes}
+    if name not in by_name:
+        near = difflib.get_close_matches(name, by_name, n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise ConfigError(f"there is no recipe {name!r}; {hint}recipes: {', '.join(by_name)}")
+    return by_name[name]
+
+
+def run(main: Callable[[], int | None]) -> int:
+    """Call a job's main function and turn what stops it into one readable line and an exit code."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
+    try:
+        return main() or 0
+    except Mp3dError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except ValidationError as error:
+        print(f"error: {readable(error)}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output (head, less) has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+
+
+def readable(error: ValidationError) -> str:
+    """A pydantic error as one line a field."""
+    lines = [
+        f"{'.'.join(map(str, fault['loc'])) or error.title}: {fault['msg']} (got {fault['input']!r})"
+        for fault in error.errors()
+    ]
+    return f"{error.title} is not valid\n  " + "\n  ".join(lines)
+
+
+def print_plan(plan: dict[str, Any]) -> None:
+    """The plan of ``--dry-run``, one aligned line a fact."""
+    width = max(map(len, plan))
+    for name, value in plan.items():
+        print(f"{name:<{width}}  {value}")
+
+
+def root() -> Path:
+    """What relative paths are relative to.
+
+    ``$MP3D_ROOT`` if set; else the current folder; but in a job that Ray unpacked from an uploaded working directory,
+    whose folder is temporary, ``~/mp3d``.
+    """
+    if named := os.environ.get("MP3D_ROOT"):
+        return Path(named).expanduser().absolute()
+    here = Path.cwd()
+    return Path.home() / "mp3d" if "working_dir_files" in here.parts else here
+
+
+def absolute(path: str) -> str:
+    """A path as every worker can open it; URLs (``s3://``) are left alone."""
+    return path if "://" in path else str((root() / Path(path).expanduser()).resolve())
+
+
+def located(config: TrainConfig) -> TrainConfig:
+    """The same run with absolute paths."""
+    changes = {"shards": absolute(config.shards), "launch.storage_path": absolute(config.launch.storage_path)}
+    if config.init_from:
+        changes["init_from"] = absolute(config.init_from)
+    return config.override(changes)
+
+
+def train_command(command: Command[TrainConfig], next_step: str) -> int:
+    """Run (or only plan) a parsed training command and say what to do next."""
+    config = located(command.config)
+    run_dir = Path(config.launch.storage_path) / config.name
+    if command.default_recipe:
+        print(f"no recipe was named: running {config.name!r} on the synthetic world in {Path(config.shards).parent}")
+    if command.dry_run:
+        print_plan(training_plan(config))
+        return 0
+    if command.default_recipe:
+        ensure_synthetic_shards(Path(config.shards).parent)
+    run_training(config)
+    best = open_checkpoint(run_dir)
+    print(f"best checkpoint: {best.path} (epoch {best.epoch}, score {best.score:.4f})")
+    print(f"next: python {next_step.format(run=run_dir)}")
+    return 0
+
+
+def sweep_command(command: Command[SweepConfig]) -> int:
+    """Run (or only plan) a parsed sweep and print its table."""
+    sweep = command.config.override({"base": located(command.config.base)})
+    folder = Path(sweep.base.launch.storage_path) / sweep.name
+    if command.default_recipe:
+        print(f"no recipe was named: sweeping {sweep.base.name!r} on the synthetic world")
+    if command.dry_run:
+        points = {"learning rate": sweep.lr, "anchor ratios": sweep.anchor_ratios, "frozen stages": sweep.frozen_stages}
+        print_plan({"sweep": folder, "trials": sweep.num_trials, **points, **training_plan(sweep.base), "run": folder})
+        return 0
+    if command.default_recipe:
+        ensure_synthetic_shards(Path(sweep.base.shards).parent)
+    best = run_sweep(sweep)
+    print(trials_table(folder))
+    print(f"best checkpoint: {best}")
+    print(f"next: serve run serve.app:build checkpoint={best}")
+    return 0
+
+
+def training_plan(config: TrainConfig) -> dict[str, Any]:
+    """What a run would do, in words."""
+    run_dir = Path(config.launch.storage_path) / config.name
+    clip, model, loop, optim = config.clip, config.model, config.loop, config.optim
+    return {
+        "run": f"{run_dir}{' (exists: would be resumed)' if run_dir.exists() else ''}",
+        "shards": config.shards,
+        "start from": config.init_from or "random weights",
+        "model": f"{model.backbone} x{model.width:g}, norm {model.norm}, {model.head.kind} head",
+        "clip": f"{clip.num_slices} slices, {clip.slice_spacing_mm or 'their own'} mm apart, {clip.image_size} px",
+        "training": f"{loop.epochs} epochs of {loop.steps_per_epoch or 'all'} steps, "
+        f"{loop.batch_size} x {loop.num_workers} clips a step",
+        "optimiser": f"{optim.algorithm}, lr {optim.lr:g}, {optim.schedule}",
+        "runs on": f"{config.launch.runner}, {loop.num_workers} x {config.launch.cpus_per_worker:g} CPU, "
+        f"accelerator {config.launch.accelerator}, precision {loop.precision}",
+        "tracking": f"W&B {tracking_mode(config.tracking.mode)}, project {config.tracking.project}",
+    }

@@ -1,0 +1,62 @@
+"""Where a model computes, and in which number format."""
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Literal
+
+import torch
+
+from mp3d.errors import ConfigError, ResourceError
+
+DeviceName = Literal["auto", "cpu", "gpu"]
+PrecisionName = Literal["auto", "fp32", "bf16", "fp16"]
+
+CPU_BF16_FEATURES = ("avx512_bf16", "amx_bf16")
+"""Instruction sets that multiply bfloat16 in hardware; everything else emulates it, slower than float32."""
+
+
+def pick_device(name: DeviceName = "auto") -> torch.device:
+    """``auto`` is the first GPU where there is one, else the CPU.
+
+    Raises:
+        ResourceError: ``gpu`` was asked for and there is none.
+    """
+    if name == "gpu" and not torch.cuda.is_available():
+        raise ResourceError(
+            "a gpu was asked for, but PyTorch sees none here; use auto or cpu, or check the driver with nvidia-smi"
+        )
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def resolve_precision(precision: PrecisionName, device: torch.device) -> torch.dtype | None:
+    """What autocast computes in; None is plain float32.
+
+    Args:
+        precision: ``auto`` is bfloat16 where the device multiplies it in hardware, else float32.
+
+    Raises:
+        ConfigError: fp16 on a CPU.
+    """
+    match precision:
+        case "fp32":
+            return None
+        case "bf16":
+            return torch.bfloat16
+        case "fp16":
+            if device.type == "cpu":
+                raise ConfigError("precision is fp16, which no CPU trains in; use auto, bf16 or fp32")
+            return torch.float16
+        case "auto":
+            return torch.bfloat16 if _computes_in_bf16(device) else None
+
+
+def autocast(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager:
+    """Autocast to what :func:`resolve_precision` returned; does nothing for None."""
+    return nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype)
+
+
+def _computes_in_bf16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    # Older releases of PyTorch cannot say; float32 is right everywhere.
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    return device.type == "cpu" and any(capabilities.get(feature, False) for feature in CPU_BF16_FEATURES)

@@ -1,0 +1,235 @@
+"""Starts the training loop: in this process, or as Ray Train workers. Connects to Ray, and asks it first whether it
+can.
+"""
+
+import json
+import os
+import secrets
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from mp3d.config import TrainConfig
+from mp3d.errors import ConfigError, Mp3dError, ResourceError
+
+RAY_ENVIRONMENT = {
+    "OMP_WAIT_POLICY": "passive",  # threads that spin while they wait take the cores from each other
+    "RAY_AUTH_MODE": "token",  # on by default for clusters that ray.init starts; then everything else must speak it too
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # workers use this environment instead of building their own
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # else every printed line comes twice
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "60",
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+}
+CONTROLLER_FAILURES = 3
+"""Failed starts of the worker group before a run is given up; Ray's own default is never."""
+
+
+def connect_ray(*, dashboard: bool = False, num_cpus: int | None = None) -> None:
+    """Connect to the cluster that ``RAY_ADDRESS`` names (as in a submitted job), else start one on this machine, with
+    token authentication.
+
+    Args:
+        dashboard: start it too; Ray Train watches its runs through it.
+        num_cpus: of a cluster that is started here; None: the machine's.
+
+    Raises:
+        ResourceError: no cluster answers at ``RAY_ADDRESS``.
+    """
+    for name, value in RAY_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    _ensure_token()
+    import ray
+
+    if ray.is_initialized():
+        return
+    quiet: dict[str, Any] = {"log_to_driver": True, "logging_level": "WARNING"}
+    if address := os.environ.get("RAY_ADDRESS"):
+        try:
+            ray.init(address=address, **quiet)
+        except (ConnectionError, RuntimeError) as error:
+            raise ResourceError(
+                f"no Ray cluster answers at RAY_ADDRESS={address} ({error}); start it with `ray start --head`, "
+                "or unset RAY_ADDRESS to run on this machine alone"
+            ) from error
+    else:
+        ray.init(
+            address="local", num_cpus=num_cpus, include_dashboard=dashboard, object_store_memory=512 * 2**20, **quiet
+        )
+
+
+def run_training(config: TrainConfig) -> Path:
+    """Train (or go on training) and return the run's folder, which stands for its best checkpoint.
+
+    Args:
+        config: with absolute paths.
+
+    Raises:
+        ConfigError: the run's name stands for another configuration.
+        ResourceError: the cluster cannot carry it.
+        Mp3dError: whatever stops :func:`mp3d.train.train`.
+    """
+    from mp3d.train import check_inputs
+
+    run_dir = Path(config.launch.storage_path) / config.name
+    check_inputs(config)
+    if config.launch.runner == "local":
+        _train_here(config, claim(run_dir, config))
+    else:
+        connect_ray(dashboard=True)
+        num_gpus = 1 if use_gpu(config.launch.accelerator) else 0
+        check_resources(
+            {"CPU": config.launch.cpus_per_worker * config.loop.num_workers, "GPU": num_gpus * config.loop.num_workers},
+            wait_s=config.launch.wait_for_resources_s,
+        )
+        _train_on_ray(config, claim(run_dir, config), num_gpus)
+    return run_dir
+
+
+def claim(run_dir: Path, config: TrainConfig) -> Path:
+    """Make the run's folder, or check that it belongs to this configuration.
+
+    Raises:
+        ConfigError: the name stands for another configuration; the message lists the fields that differ.
+    """
+    path = run_dir / "run.json"
+    if path.exists():
+        known = TrainConfig.model_validate(json.loads(path.read_text())).identity()
+        differing = list(_differences(known, config.identity()))
+        if differing:
+            raise ConfigError(
+                f"the run {config.name!r} exists with another configuration ({'; '.join(differing)}); "
+                f"give this one another --name, or remove {run_dir}"
+            )
+    else:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        aside = path.with_suffix(".tmp")
+        aside.write_text(json.dumps(config.model_dump(mode="json"), indent=1) + "\n")
+        aside.replace(path)
+    return run_dir
+
+
+def use_gpu(accelerator: str) -> bool:
+    """Whether a worker gets a GPU; ``auto`` asks the cluster, not this machine, which may be a head without one."""
+    import ray
+
+    return accelerator == "gpu" or (accelerator == "auto" and ray.cluster_resources().get("GPU", 0) > 0)
+
+
+def check_resources(asked: dict[str, float], *, wait_s: float = 0.0) -> None:
+    """Compare what is asked with what the whole cluster has; Ray itself would wait for ever.
+
+    Raises:
+        ResourceError: something is missing after ``wait_s`` seconds.
+    """
+    import ray
+
+    deadline = time.monotonic() + wait_s
+    while True:
+        there = ray.cluster_resources()
+        missing = [
+            f"{need:g} {name} (the cluster has {there.get(name, 0):g})"
+            for name, need in asked.items()
+            if need > there.get(name, 0)
+        ]
+        if not missing:
+            return
+        if time.monotonic() >= deadline:
+            raise ResourceError(
+                f"the run asks for {' and '.join(missing)}; lower loop.num_workers or launch.cpus_per_worker, "
+                "add nodes, or give an autoscaler time with --launch.wait-for-resources-s"
+            )
+        time.sleep(min(2.0, max(0.0, deadline - time.monotonic())))
+
+
+def _train_here(config: TrainConfig, run_dir: Path) -> None:
+    from mp3d.device import pick_device
+    from mp3d.session import PlainSession
+    from mp3d.train import train
+
+    if config.loop.num_workers != 1:
+        raise ConfigError(
+            f"loop.num_workers is {config.loop.num_workers}, and --launch.runner local is one process; use ray"
+        )
+    device = pick_device(config.launch.accelerator)
+    train(config, PlainSession(run_dir, keep=config.launch.keep_checkpoints, device=device))
+
+
+def _train_on_ray(config: TrainConfig, run_dir: Path, num_gpus: int) -> None:
+    from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
+    from ray.train.torch import TorchTrainer
+
+    trainer = TorchTrainer(
+        _train_in_worker,
+        train_loop_config={"config": config.model_dump(mode="json"), "run_dir": str(run_dir)},
+        scaling_config=ScalingConfig(
+            num_workers=config.loop.num_workers,
+            use_gpu=num_gpus > 0,
+            resources_per_worker={"CPU": config.launch.cpus_per_worker} | ({"GPU": 1} if num_gpus else {}),
+        ),
+        run_config=RunConfig(
+            name="ray",
+            storage_path=str(run_dir),
+            failure_config=FailureConfig(
+                max_failures=config.launch.max_failures, controller_failure_limit=CONTROLLER_FAILURES
+            ),
+        ),
+    )
+    try:
+        trainer.fit()
+    except TrainingFailedError as error:
+        for cause in _causes(error):
+            if isinstance(cause, Mp3dError):
+                raise cause from error
+        raise
+
+
+def _train_in_worker(payload: dict[str, Any]) -> None:
+    """The worker's door: the configuration is validated again."""
+    import torch
+
+    from mp3d.session import RayTrainSession
+    from mp3d.train import train
+
+    config = TrainConfig.model_validate(payload["config"])
+    torch.set_num_threads(max(1, int(config.launch.cpus_per_worker)))
+    train(config, RayTrainSession(Path(payload["run_dir"]), keep=config.launch.keep_checkpoints))
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """The error, what it was raised from, and the failures of single workers that it carries."""
+    seen: set[int] = set()
+    waiting: list[BaseException | None] = [error]
+    while waiting:
+        current = waiting.pop()
+        if current is None or id(current) in seen:
+            continue
+        seen.add(id(current))
+        yield current
+        waiting += [current.__cause__, current.__context__, getattr(current, "cause", None)]
+        waiting += list(getattr(current, "worker_failures", {}).values())
+
+
+def _differences(known: dict[str, Any], given: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    for name in known.keys() | given.keys():
+        old, new = known.get(name), given.get(name)
+        if isinstance(old, dict) and isinstance(new, dict):
+            yield from _differences(old, new, f"{prefix}{name}.")
+        elif old != new:
+            yield f"{prefix}{name} was {old!r}, is {new!r}"
+
+
+def _ensure_token() -> None:
+    """Ray's shared secret of this user, readable by no one else; Ray would write it readable to all."""
+    if os.environ["RAY_AUTH_MODE"] != "token" or os.environ.get("RAY_AUTH_TOKEN"):
+        return
+    path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+            file.write(secrets.token_hex(32))

@@ -1,0 +1,34 @@
+"""Optimiser and learning rate. The rate is a function of the step alone, so that a resumed run needs no scheduler
+state.
+"""
+
+import math
+from collections.abc import Iterable
+
+from torch import nn
+from torch.optim import SGD, AdamW, Optimizer
+
+from mp3d.config import OptimConfig
+
+WARMUP_FACTOR = 1 / 3
+"""The authors' linear warm-up starts from this share of the rate (``mp3d_groupconv.py``)."""
+
+
+def build_optimizer(parameters: Iterable[nn.Parameter], optim: OptimConfig) -> Optimizer:
+    """Optimiser over the parameters that are trained."""
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    if optim.algorithm == "sgd":
+        return SGD(trained, lr=optim.lr, momentum=optim.momentum, weight_decay=optim.weight_decay)
+    return AdamW(trained, lr=optim.lr, weight_decay=optim.weight_decay)
+
+
+def learning_rate(step: int, optim: OptimConfig, *, steps_per_epoch: int, epochs: int) -> float:
+    """Learning rate of a step, counted from 0 over the whole run."""
+    rate = optim.lr
+    if optim.schedule == "step":
+        rate *= optim.gamma ** sum(step // steps_per_epoch >= milestone for milestone in optim.milestones)
+    elif optim.schedule == "cosine":
+        rate *= 0.5 * (1 + math.cos(math.pi * step / (steps_per_epoch * epochs)))
+    if step < optim.warmup_steps:
+        rate *= WARMUP_FACTOR + (1 - WARMUP_FACTOR) * step / optim.warmup_steps
+    return rate

@@ -1,0 +1,94 @@
+"""Weights & Biases, wrapped so that it can neither stop a run nor leak.
+
+Online where an API key is present, else offline (``wandb sync`` sends it later); an unreachable server falls back to
+offline within seconds. Code, git state, console and host paths are not sent. A resumed run goes on in the same W&B run.
+"""
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any, Protocol
+
+from mp3d.config import TrainConfig
+
+INIT_TIMEOUT_S = 10
+"""How long ``wandb.init`` may look for its server."""
+log = logging.getLogger(__name__)
+
+
+class Tracker(Protocol):
+    """Takes the metrics of a step or an epoch."""
+
+    def __call__(self, metrics: dict[str, float], step: int) -> None: ...
+
+
+@contextmanager
+def track(config: TrainConfig, run_dir: Path, rank: int) -> Iterator[Tracker]:
+    """A tracker for the life of a run; does nothing on other ranks than 0 and where tracking is disabled."""
+    mode = tracking_mode(config.tracking.mode)
+    run = _start(config, run_dir, mode) if rank == 0 and mode != "disabled" else None
+
+    def report(metrics: dict[str, float], step: int) -> None:
+        if run is not None:
+            _guarded(run.log, metrics, step=step)
+
+    try:
+        yield report
+    finally:
+        if run is not None:
+            _guarded(run.finish)
+
+
+def tracking_mode(asked: str) -> str:
+    """online, offline or disabled."""
+    if asked != "auto":
+        return asked
+    if os.environ.get("WANDB_MODE") in ("online", "offline", "disabled"):
+        return os.environ["WANDB_MODE"]
+    return "online" if os.environ.get("WANDB_API_KEY") else "offline"
+
+
+def _start(config: TrainConfig, run_dir: Path, mode: str) -> Any:
+    import wandb
+
+    settings = wandb.Settings(
+        console="off",
+        disable_code=True,
+        disable_git=True,
+        save_code=False,
+        silent=True,
+        init_timeout=INIT_TIMEOUT_S,
+        x_disable_machine_info=True,
+    )
+    run_dir.mkdir(parents=True, exist_ok=True)
+    known = {
+        "project": config.tracking.project,
+        "group": config.tracking.group,
+        "name": config.name,
+        "id": blake2b(f"{config.tracking.project}/{config.name}".encode(), digest_size=8).hexdigest(),
+        "resume": "allow",
+        "dir": str(run_dir),
+        # paths stay here: a folder's name may hold a patient's
+        "config": config.model_dump(mode="json", exclude={"shards", "init_from", "launch", "tracking"}),
+    }
+    try:
+        return wandb.init(**known, mode=mode, settings=settings)
+    except (wandb.Error, OSError, TimeoutError) as error:
+        if mode == "offline":
+            log.warning("W&B is switched off for this run: %s", type(error).__name__)
+            return None
+        log.warning("W&B cannot be reached (%s); tracking offline, `wandb sync` sends it later", type(error).__name__)
+        return _start(config, run_dir, "offline")
+
+
+def _guarded(call: Any, *args: Any, **kwargs: Any) -> None:
+    """Whatever happens inside W&B, the run goes on: its client raises many kinds of errors, none of them the run's
+    business.
+    """
+    try:
+        call(*args, **kwargs)
+    except Exception as error:  # noqa: BLE001 the boundary of a service that the run must not depend on
+        log.warning("W&B: %s", type(error).__name__)
