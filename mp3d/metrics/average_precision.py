@@ -1,0 +1,65 @@
+"""Average precision of one class by the COCO rule (``pycocotools/cocoeval.py``), at one IoU threshold."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Float
+
+from mp3d.errors import DataError
+from mp3d.metrics.boxes import box_iou
+from mp3d.metrics.froc import Detections
+
+RECALL_POINTS = np.linspace(0, 1, 101)
+"""Where COCO reads the precision."""
+
+
+def average_precision(
+    detections: Sequence[Detections],
+    truths: Sequence[Float[np.ndarray, "_ 4"]],
+    iou_threshold: float = 0.5,
+    max_detections: int = 100,
+) -> float:
+    """Mean, over 101 recall levels, of the best precision at that recall or a higher one.
+
+    Args:
+        detections: for each image its boxes and scores, in any order; the ``max_detections`` best of an image count.
+        truths: for each image its true boxes, ``(0, 4)`` where it has none.
+
+    Raises:
+        DataError: there is no true box at all (COCO gives -1 then).
+    """
+    num_lesions = sum(len(true_boxes) for true_boxes in truths)
+    if num_lesions == 0:
+        raise DataError(f"average precision is undefined: {len(truths)} images hold no true box")
+
+    all_scores, all_hits = [], []
+    for (boxes, scores), true_boxes in zip(detections, truths, strict=True):
+        order = np.argsort(-scores, kind="stable")[:max_detections]
+        all_scores.append(scores[order])
+        all_hits.append(_hits(boxes[order], true_boxes, iou_threshold))
+    order = np.argsort(-np.concatenate(all_scores), kind="stable")
+    hits = np.concatenate(all_hits)[order]
+    if len(hits) == 0:
+        return 0.0
+
+    num_hits = np.cumsum(hits)
+    recall = num_hits / num_lesions
+    precision = num_hits / np.arange(1, len(hits) + 1)
+    best_from_here = np.maximum.accumulate(precision[::-1])[::-1]
+    index = np.searchsorted(recall, RECALL_POINTS, side="left")
+    reached = index < len(recall)
+    return float(np.where(reached, best_from_here[np.minimum(index, len(recall) - 1)], 0).mean())
+
+
+def _hits(boxes: np.ndarray, true_boxes: np.ndarray, iou_threshold: float) -> np.ndarray:
+    """Which boxes, in the order given, find a true box of their own: the free one that they overlap most."""
+    hits = np.zeros(len(boxes), dtype=bool)
+    if len(true_boxes) == 0:
+        return hits
+    iou = box_iou(boxes[:, None].astype(np.float64), true_boxes[None].astype(np.float64))
+    for row in range(len(boxes)):
+        best = int(np.argmax(iou[row]))
+        if iou[row, best] >= iou_threshold:
+            hits[row] = True
+            iou[:, best] = -1  # taken
+    return hits

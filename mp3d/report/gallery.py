@@ -1,0 +1,114 @@
+"""Which key slices an evaluation report shows: lesions found, lesions missed, false positives."""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from mp3d.evaluation import KeySliceResult
+from mp3d.metrics.boxes import box_iou
+from mp3d.metrics.froc import FrocProtocol
+
+
+@dataclass(frozen=True, eq=False)
+class Exhibit:
+    """One key slice worth looking at.
+
+    Attributes:
+        image: the key slice in HU, ``(h, w)``.
+        focus: the box it is shown for, xyxy in pixels.
+        score: of the detection in question, or None where there is none.
+        iou: its overlap with the lesion in question; for a false positive, with the nearest one.
+        verdict: the finding in words, without scores and overlaps.
+    """
+
+    result: KeySliceResult
+    image: np.ndarray
+    focus: np.ndarray
+    score: float | None
+    iou: float
+    verdict: str
+
+    @property
+    def size_mm(self) -> tuple[float, float]:
+        """Width and height of the focus."""
+        _, row_mm, column_mm = self.result.spacing_mm
+        x1, y1, x2, y2 = self.focus
+        return float((x2 - x1) * column_mm), float((y2 - y1) * row_mm)
+
+
+@dataclass(frozen=True, eq=False)
+class Gallery:
+    """Up to a few exhibits of each kind, and how many there are in all (among key slices with pixels)."""
+
+    found: list[Exhibit]
+    missed: list[Exhibit]
+    false_positives: list[Exhibit]
+    num_found: int
+    num_missed: int
+    num_false_positives: int
+
+
+def choose_exhibits(
+    results: Sequence[KeySliceResult], threshold: float, protocol: FrocProtocol, num_each: int = 6
+) -> Gallery:
+    """Most confident hits, largest missed lesions and most confident false positives, different series first.
+
+    Args:
+        threshold: detections below this score are not reported; NaN: none is.
+    """
+    found, missed, false_positives = [], [], []
+    for result in results:
+        image = result.image
+        if image is None:
+            continue
+        reported = result.scores >= threshold
+        iou = box_iou(result.boxes[:, None], result.true_boxes[None], protocol.plus_one)
+        for lesion, box in enumerate(result.true_boxes):
+            exhibit = _lesion(result, image, box, iou[:, lesion], reported, protocol.iou_threshold)
+            (found if exhibit.verdict == "found" else missed).append(exhibit)
+        best_iou = iou.max(axis=1, initial=0)
+        false_positives += [
+            Exhibit(result, image, result.boxes[i], float(result.scores[i]), float(best_iou[i]), "false positive")
+            for i in np.flatnonzero(reported & (best_iou < protocol.iou_threshold))
+        ]
+    return Gallery(
+        found=_spread(found, lambda each: each.score or 0.0)[:num_each],
+        missed=_spread(missed, lambda each: each.size_mm[0] * each.size_mm[1])[:num_each],
+        false_positives=_spread(false_positives, lambda each: each.score or 0.0)[:num_each],
+        num_found=len(found),
+        num_missed=len(missed),
+        num_false_positives=len(false_positives),
+    )
+
+
+def _lesion(
+    result: KeySliceResult,
+    image: np.ndarray,
+    box: np.ndarray,
+    iou: np.ndarray,
+    reported: np.ndarray,
+    iou_threshold: float,
+) -> Exhibit:
+    def exhibit(index: int, verdict: str) -> Exhibit:
+        return Exhibit(result, image, box, float(result.scores[index]), float(iou[index]), verdict)
+
+    hits = iou >= iou_threshold
+    if (hits & reported).any():
+        return exhibit(int(np.argmax(np.where(hits & reported, result.scores, -1))), "found")
+    if hits.any():
+        return exhibit(int(np.argmax(np.where(hits, result.scores, -1))), "missed: below the threshold")
+    if iou.max(initial=0) > 0:
+        return exhibit(int(np.argmax(iou)), "missed: overlap too small")
+    return Exhibit(result, image, box, None, 0.0, "missed: no detection there")
+
+
+def _spread(exhibits: list[Exhibit], key: Callable[[Exhibit], float]) -> list[Exhibit]:
+    """Descending by ``key``, but the best of every series before the second best of any."""
+    seen = Counter[str]()
+    ranked = []
+    for exhibit in sorted(exhibits, key=key, reverse=True):
+        ranked.append((seen[exhibit.result.series], exhibit))
+        seen[exhibit.result.series] += 1
+    return [exhibit for _, exhibit in sorted(ranked, key=lambda each: each[0])]

@@ -1,0 +1,179 @@
+"""From clips to predictions, to a file and back, to metrics."""
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from torch import nn
+
+from mp3d.data.batches import Batch, SliceInfo
+from mp3d.errors import DataError
+from mp3d.evaluation import (
+    KeySliceResult,
+    evaluate_detector,
+    predict_clips,
+    read_predictions,
+    without_context,
+    write_predictions,
+)
+from mp3d.metrics.froc import MP3D_PORT, THREE_DCE_MULAN
+from mp3d.sample import Clip
+
+
+def result(z_index, true_boxes, boxes, scores, patient="p0", series="s0"):
+    return KeySliceResult(
+        patient=patient,
+        series=series,
+        z_index=z_index,
+        spacing_mm=(2.5, 0.8, 0.7),
+        true_boxes=np.array(true_boxes, dtype=np.float32).reshape(-1, 4),
+        true_labels=np.ones(len(true_boxes), dtype=np.int64),
+        boxes=np.array(boxes, dtype=np.float32).reshape(-1, 4),
+        scores=np.array(scores, dtype=np.float32),
+        labels=np.ones(len(scores), dtype=np.int64),
+    )
+
+
+RESULTS = [
+    result(4, [[10, 10, 30, 30]], [[10, 10, 30, 31], [0, 0, 5, 5]], [0.9, 0.3]),
+    result(9, [[50, 50, 70, 70], [80, 80, 90, 90]], [[50, 50, 70, 70]], [1 / 3]),
+    result(2, [], [], [], patient="p1", series="s1"),
+]
+
+
+CPU = torch.device("cpu")
+INFO = SliceInfo("p0", "s0", 4, (2.5, 0.8, 0.7))
+
+
+class BrightestSlice(nn.Module):
+    """For every key slice one box whose score tells how bright that slice is among its clip."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Linear(1, 1, bias=False)
+
+    def forward(self, clips):
+        assert torch.is_inference_mode_enabled()
+        assert not self.training
+        answers = []
+        for clip in clips:
+            means = clip.slices.float().mean(dim=(1, 2))
+            for key_slice in clip.key_slices:
+                score = self.weight(means[key_slice].reshape(1, 1) / means.max()) / self.weight.weight
+                answers.append(
+                    {
+                        "boxes": torch.tensor([[0.0, 0, 8, 8]]),
+                        "scores": score[0],
+                        "labels": torch.ones(1, dtype=torch.int64),
+                    }
+                )
+        return answers
+
+
+def clip(*levels, key_slices):
+    return Clip(torch.tensor(levels, dtype=torch.int16)[:, None, None].expand(-1, 8, 8), key_slices)
+
+
+def test_predictions_come_back_per_key_slice_with_their_targets():
+    targets = [{"boxes": torch.zeros(0, 4)} for _ in range(3)]
+    infos = [SliceInfo("p", "s", z, (2.5, 1.0, 1.0)) for z in range(3)]
+    batches = [
+        Batch([clip(100, 200, 400, key_slices=(1,))], targets[:1], infos[:1]),
+        Batch([clip(100, 300, 400, key_slices=(1, 2))], targets[1:], infos[1:]),
+    ]
+    model = BrightestSlice().train()
+    answers = list(predict_clips(model, batches, CPU))
+    assert [info for _, _, info in answers] == infos
+    assert [target is expected for (_, target, _), expected in zip(answers, targets, strict=True)] == [True] * 3
+    assert [float(prediction["scores"]) for prediction, _, _ in answers] == pytest.approx([0.5, 0.75, 1.0])
+
+
+def test_low_precision_answers_come_back_as_float32():
+    batches = [Batch([clip(100, 200, 400, key_slices=(1,))], [{}], [INFO])]
+    ((prediction, _, _),) = predict_clips(BrightestSlice(), batches, CPU, torch.bfloat16)
+    assert prediction["scores"].dtype == torch.float32
+    assert prediction["labels"].dtype == torch.int64
+
+
+def test_inference_mode_ends_before_the_caller_goes_on():
+    batches = [Batch([clip(1, 2, 3, key_slices=(1,))], [{}], [INFO])]
+    for _ in predict_clips(BrightestSlice(), batches, CPU):
+        assert not torch.is_inference_mode_enabled()
+
+
+def test_a_missing_target_is_an_error():
+    batches = [Batch([clip(1, 2, 3, key_slices=(0, 1))], [{}], [INFO])]
+    with pytest.raises(ValueError, match="zip"):
+        list(predict_clips(BrightestSlice(), batches, CPU))
+
+
+def test_without_context_every_slice_is_the_key_slice():
+    flat = without_context(clip(100, 200, 400, key_slices=(1,)))
+    assert flat.slices.shape == (3, 8, 8)
+    assert flat.slices.dtype == torch.int16
+    assert (flat.slices == 200).all()
+    assert flat.key_slices == (1,)
+    with pytest.raises(ValueError, match="2 key slices"):
+        without_context(clip(1, 2, 3, key_slices=(0, 1)))
+
+
+def test_result_of_a_prediction():
+    prediction = {"boxes": torch.ones(2, 4), "scores": torch.rand(2), "labels": torch.ones(2, dtype=torch.int64)}
+    target = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)}
+    made = KeySliceResult.of(prediction, target, SliceInfo("p", "s", z_index=3, spacing_mm=(1.0, 1.0, 1.0)))
+    assert made.boxes.dtype == np.float32
+    assert made.true_boxes.shape == (0, 4)
+    with pytest.raises(DataError, match="is a picture"):
+        KeySliceResult.of(prediction, target, SliceInfo("p", "s", z_index=3, spacing_mm=None))
+
+
+def test_evaluation_of_results():
+    other = [result(r.z_index, r.true_boxes, [], [], r.patient, r.series) for r in RESULTS]
+    evaluation = evaluate_detector(RESULTS, name="run", provenance={"date": "today"}, comparisons={"blind": other})
+    # Score order: hit, hit, false positive; three images, three lesions.
+    assert evaluation.froc.sensitivity == pytest.approx([1 / 3, 2 / 3, 2 / 3])
+    assert evaluation.froc.mean_sensitivity == pytest.approx(2 / 3)
+    assert evaluation.ap50 == pytest.approx(67 / 101)
+    assert evaluation.protocol == MP3D_PORT
+    assert evaluation.num_patients == 2
+    assert evaluation.comparisons["blind"].mean_sensitivity == 0
+    assert evaluate_detector(RESULTS, THREE_DCE_MULAN).protocol == THREE_DCE_MULAN
+
+
+def test_only_the_same_key_slices_are_compared():
+    moved = [result(5, RESULTS[0].true_boxes, [], []), *RESULTS[1:]]
+    for other in (RESULTS[::-1], RESULTS[:2], moved):
+        with pytest.raises(DataError, match="'other' was not evaluated on the key slices of 'run'"):
+            evaluate_detector(RESULTS, name="run", comparisons={"other": other})
+
+
+def test_predictions_survive_the_file_bit_for_bit(tmp_path):
+    path = tmp_path / "predictions.parquet"
+    write_predictions(path, RESULTS, {"checkpoint": "abc"})
+    back, provenance = read_predictions(path)
+    assert provenance == {"checkpoint": "abc"}
+    for before, after in zip(RESULTS, back, strict=True):
+        assert (after.patient, after.series, after.z_index) == (before.patient, before.series, before.z_index)
+        assert after.spacing_mm == before.spacing_mm
+        for name in ("true_boxes", "true_labels", "boxes", "scores", "labels"):
+            np.testing.assert_array_equal(getattr(after, name), getattr(before, name), strict=True)
+    assert evaluate_detector(back).froc.sensitivity_at == evaluate_detector(RESULTS).froc.sensitivity_at
+
+
+def test_predictions_hold_no_pixels(tmp_path):
+    path = tmp_path / "predictions.parquet"
+    write_predictions(path, RESULTS)
+    assert "image" not in pq.read_schema(path).names
+
+
+def test_files_that_are_no_predictions_are_refused(tmp_path):
+    path = tmp_path / "predictions.parquet"
+    with pytest.raises(DataError, match="cannot read predictions"):
+        read_predictions(path)
+    path.write_text("patient,series")
+    with pytest.raises(DataError, match="cannot read predictions"):
+        read_predictions(path)
+    pq.write_table(pa.table({"patient": ["p0"]}), path)
+    with pytest.raises(DataError, match="no key-slice predictions of this format"):
+        read_predictions(path)

@@ -1,0 +1,245 @@
+"""The report says what was measured, shows it, and needs nothing beside itself."""
+
+import base64
+import json
+import re
+from html.parser import HTMLParser
+from io import BytesIO
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mp3d.evaluation import Evaluation, KeySliceResult, evaluate_detector
+from mp3d.metrics.froc import MP3D_PORT, THREE_DCE_MULAN
+from mp3d.report import write_report
+from mp3d.report.figures import LUNG, SOFT_TISSUE, TRUE_COLOUR, display_window, draw_key_slice
+from mp3d.report.gallery import choose_exhibits
+
+LESION = (40, 30, 60, 50)
+ELSEWHERE = (70, 70, 90, 90)
+
+
+def ct_slice(background_hu=40):
+    """A bright square in an even body."""
+    image = np.full((96, 96), background_hu, dtype=np.int16)
+    x1, y1, x2, y2 = LESION
+    image[y1:y2, x1:x2] = 120
+    return image
+
+
+def key_slice(index, detections, image=True, true_boxes=(LESION,)):
+    table = np.array(detections, dtype=np.float32).reshape(-1, 5)
+    return KeySliceResult(
+        patient=f"patient{index // 2:02d}",
+        series=f"series{index:02d}",
+        z_index=10 + index,
+        spacing_mm=(2.5, 0.8, 0.8),
+        true_boxes=np.array(true_boxes, dtype=np.float32).reshape(-1, 4),
+        true_labels=np.ones(len(true_boxes), dtype=np.int64),
+        boxes=table[:, :4],
+        scores=table[:, 4],
+        labels=np.ones(len(table), dtype=np.int64),
+        image=ct_slice() if image else None,
+    )
+
+
+def made_evaluation(image=True) -> Evaluation:
+    """Ten key slices: seven found, two too low, one without any detection; false positives on all."""
+    results = []
+    for index in range(10):
+        detections = [(*ELSEWHERE, 0.5 - 0.01 * index), (0, 0, 9, 9, 0.1)]
+        if index < 9:
+            detections.append((*LESION, (0.9 if index < 7 else 0.05) + 0.001 * index))
+        results.append(key_slice(index, detections, image))
+    flat = [key_slice(index, [(*ELSEWHERE, 0.9), (*LESION, 0.1)][: 1 + index % 2]) for index in range(10)]
+    return evaluate_detector(
+        results,
+        name="run <b>7</b>",
+        provenance={"checkpoint sha256": "ab" * 32, "command": "python jobs/evaluate.py --name 'a & b'"},
+        comparisons={"one slice nine times": flat},
+    )
+
+
+@pytest.fixture(scope="module")
+def evaluation():
+    return made_evaluation()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, evaluation):
+    path = tmp_path_factory.mktemp("report") / "evaluation" / "report.html"
+    assert write_report(path, evaluation) == path
+    return path.parent
+
+
+@pytest.fixture(scope="module")
+def page(folder):
+    return (folder / "report.html").read_text(encoding="utf-8")
+
+
+class Outline(HTMLParser):
+    """Tags, attributes and text of a page; fails on a tag that is not closed where it should be."""
+
+    VOID = frozenset({"meta", "img", "br"})
+
+    def __init__(self, page):
+        super().__init__()
+        self.elements, self.text, self._open = [], "", []
+        self.feed(page)
+        assert self._open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+        if tag not in self.VOID:
+            self._open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self._open.pop() == tag
+
+    def handle_data(self, data):
+        if not self._open or self._open[-1] != "style":
+            self.text += data
+
+    def all(self, tag):
+        return [attributes for name, attributes in self.elements if name == tag]
+
+
+def table_rows(page):
+    cells = [
+        re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row, re.S) for row in re.findall(r"<tr[^>]*>(.*?)</tr>", page, re.S)
+    ]
+    return [[re.sub(r"<[^>]+>", "", cell).strip() for cell in row] for row in cells]
+
+
+def test_the_page_is_self_contained(page):
+    outline = Outline(page)
+    assert not re.search(r"https?:|//[a-z]", page.split("</style>")[0] + outline.text)
+    assert {"script", "link", "iframe", "object"}.isdisjoint(tag for tag, _ in outline.elements)
+    assert "url(" not in page
+    assert "@import" not in page
+    assert all(image["src"].startswith("data:image/png;base64,") for image in outline.all("img"))
+    assert {"charset": "utf-8"} in outline.all("meta")
+
+
+def test_every_picture_opens_and_has_an_alt_text(page):
+    images = Outline(page).all("img")
+    assert len(images) == 1 + 6 + 3 + 6  # curve, found, missed, false positives
+    for image in images:
+        assert len(image["alt"]) > 20
+        with Image.open(BytesIO(base64.b64decode(image["src"].split(",")[1]))) as picture:
+            picture.load()
+            assert min(picture.size) >= 300
+
+
+def test_the_tables_hold_the_numbers(page, evaluation):
+    rows = {row[0]: row[1:] for row in table_rows(page)}
+    froc, flat = evaluation.froc, evaluation.comparisons["one slice nine times"]
+    end = froc.last_fps_per_image
+    marked = [f"{value:.3f}" + ("†" if fps > end else "") for fps, value in froc.sensitivity_at.items()]
+    assert rows["Sensitivity"] == [*marked, f"{froc.mean_sensitivity:.3f}"]
+    assert rows["Score threshold"][:3] == ["0.460", "0.410", "0.057"]
+    assert [text.rstrip("†") for text in rows["one slice nine times"][:6]] == [
+        f"{v:.3f}" for v in flat.sensitivity_at.values()
+    ]
+    difference = flat.sensitivity_at[1] - froc.sensitivity_at[1]
+    assert rows["one slice nine times"][-1] == f"{difference:+.3f}".replace("-", "−")
+    assert rows["checkpoint sha256"] == ["ab" * 32]
+
+
+def test_the_text_names_protocol_sample_and_purpose(page, evaluation):
+    text = " ".join(Outline(page).text.split())
+    assert "10 key slices with 10 lesions of 5 patients" in text
+    assert "Protocol: MP3D port" in text
+    assert "IoU ≥ 0.5" in text
+    assert "x2 − x1 pixels, without an extra pixel" in text
+    assert f"{evaluation.ap50:.3f} average precision" in text
+    assert "Found 6 of 7" in text
+    assert "Missed 3 of 3" in text
+    assert "False positives 6 of 10" in text
+    assert "soft tissue window −160 to 240 HU" in text
+    assert "patient patient00 · series series01 · slice 11" in text
+    assert "16 × 16 mm" in text
+    assert "Research use only" in text
+
+
+def test_text_from_outside_is_escaped(page):
+    assert "<b>7</b>" not in page
+    assert "run <b>7</b>" in Outline(page).text
+    assert "--name 'a & b'" in Outline(page).text
+
+
+def test_files_beside_the_page(folder, page, evaluation):
+    with Image.open(folder / "froc.png") as picture:
+        assert picture.size[0] >= 1000
+    assert base64.b64encode((folder / "froc.png").read_bytes()).decode() in page
+    numbers = json.loads((folder / "metrics.json").read_text())
+    assert numbers["protocol"]["name"] == "MP3D port"
+    assert numbers["ap50"] == evaluation.ap50
+    assert numbers["froc"]["sensitivity_at"]["1"] == evaluation.froc.sensitivity_at[1]
+    assert numbers["froc"]["threshold_at"]["1"] == evaluation.froc.threshold_at[1]
+    assert numbers["comparisons"]["one slice nine times"]["threshold_at"]["0.5"] is None
+    assert (numbers["num_images"], numbers["num_lesions"], numbers["num_patients"]) == (10, 10, 5)
+
+
+def test_without_pixels_there_are_numbers_but_no_pictures(tmp_path):
+    page = write_report(tmp_path / "report.html", made_evaluation(image=False)).read_text(encoding="utf-8")
+    assert "the pixels of the key slices were not kept" in page
+    assert len(Outline(page).all("img")) == 1
+
+
+def test_with_nothing_detected_the_report_still_stands(tmp_path):
+    silent = evaluate_detector([key_slice(0, [])], THREE_DCE_MULAN)
+    page = write_report(tmp_path / "report.html", silent).read_text(encoding="utf-8")
+    text = " ".join(Outline(page).text.split())
+    assert "No lesion was found." in text
+    assert "Missed 1 of 1" in text
+    assert "x2 − x1 + 1 pixels" in text
+    assert json.loads((tmp_path / "metrics.json").read_text())["froc"]["threshold_at"]["1"] is None
+
+
+def test_exhibits_say_why_a_lesion_was_missed():
+    overlapping = (LESION[0] - 15, LESION[1], LESION[2] - 15, LESION[3])
+    results = [
+        key_slice(0, [(*LESION, 0.9), (*LESION, 0.95)]),
+        key_slice(1, [(*LESION, 0.3)]),
+        key_slice(2, [(*overlapping, 0.9)]),
+        key_slice(3, [(*ELSEWHERE, 0.9)]),
+    ]
+    gallery = choose_exhibits(results, threshold=0.5, protocol=MP3D_PORT)
+    assert [(each.verdict, each.score) for each in gallery.found] == [("found", pytest.approx(0.95))]
+    assert {each.result.z_index: (each.verdict, each.score) for each in gallery.missed} == {
+        11: ("missed: below the threshold", pytest.approx(0.3)),
+        12: ("missed: overlap too small", pytest.approx(0.9)),
+        13: ("missed: no detection there", None),
+    }
+    assert [each.iou for each in gallery.false_positives] == pytest.approx([100 / 700, 0])
+
+
+def test_exhibits_prefer_different_series():
+    many = key_slice(0, [(*ELSEWHERE, 0.9), (0, 0, 9, 9, 0.8)])
+    other = key_slice(1, [(*ELSEWHERE, 0.6)])
+    gallery = choose_exhibits([many, other], threshold=0.5, protocol=MP3D_PORT, num_each=2)
+    assert [each.score for each in gallery.false_positives] == pytest.approx([0.9, 0.6])
+    assert gallery.num_false_positives == 3
+
+
+def test_the_window_follows_what_surrounds_the_box():
+    box = np.array(LESION, dtype=np.float32)
+    assert display_window(ct_slice(-850), box) == LUNG
+    assert display_window(ct_slice(40), box) == SOFT_TISSUE
+    assert display_window(ct_slice(-90), box) == SOFT_TISSUE
+    assert display_window(ct_slice(-850), np.array([0.0, 0, 96, 96])) == SOFT_TISSUE
+
+
+def test_the_true_box_is_drawn_on_the_lesion():
+    """On the left half, the whole slice, green lies on the lesion's edges and nowhere else."""
+    result = key_slice(0, [])
+    png = draw_key_slice(ct_slice(), result, result.true_boxes[0], threshold=0.5, window=SOFT_TISSUE)
+    with Image.open(BytesIO(png)) as picture:
+        pixels = np.asarray(picture.convert("RGB")).astype(int)[:, : picture.width // 2]
+    wanted = np.array([int(TRUE_COLOUR[i : i + 2], 16) for i in (1, 3, 5)])
+    rows, columns = np.nonzero(np.abs(pixels - wanted).sum(axis=2) < 60)
+    scale = pixels.shape[0] / 96
+    found = np.array([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]) / scale
+    assert found == pytest.approx(LESION, abs=0.5)
