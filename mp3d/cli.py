@@ -71,7 +71,7 @@ def parse_recipe(
     def command(
         config: Annotated[type(config), tyro.conf.arg(name="")] = config,  # type: ignore[valid-type]
         dry_run: Annotated[bool, tyro.conf.arg(help="Print the plan and stop.")] = False,
-    ) -> Command[C]:
+    ) -> Command:
         return Command(config, dry_run, default_recipe=not named)
 
     return tyro.cli(
@@ -89,7 +89,7 @@ def parse(kind: type[C], *, about: str, argv: Sequence[str] | None) -> Command[C
     def command(
         config: Annotated[kind, tyro.conf.arg(name="")],  # type: ignore[valid-type]
         dry_run: Annotated[bool, tyro.conf.arg(help="Print the plan and stop.")] = False,
-    ) -> Command[C]:
+    ) -> Command:
         return Command(config, dry_run, default_recipe=False)
 
     return tyro.cli(

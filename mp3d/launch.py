@@ -6,7 +6,7 @@ import json
 import os
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -82,12 +82,9 @@ def run_training(config: TrainConfig) -> Path:
         _train_here(config, claim(run_dir, config))
     else:
         connect_ray(dashboard=True)
-        num_gpus = 1 if use_gpu(config.launch.accelerator) else 0
-        check_resources(
-            {"CPU": config.launch.cpus_per_worker * config.loop.num_workers, "GPU": num_gpus * config.loop.num_workers},
-            wait_s=config.launch.wait_for_resources_s,
-        )
-        _train_on_ray(config, claim(run_dir, config), num_gpus)
+        worker = worker_resources(config.launch.cpus_per_worker, config.launch.accelerator)
+        check_resources([worker] * config.loop.num_workers, wait_s=config.launch.wait_for_resources_s)
+        _train_on_ray(config, claim(run_dir, config), worker)
     return run_dir
 
 
@@ -114,37 +111,55 @@ def claim(run_dir: Path, config: TrainConfig) -> Path:
     return run_dir
 
 
-def use_gpu(accelerator: str) -> bool:
-    """Whether a worker gets a GPU; ``auto`` asks the cluster, not this machine, which may be a head without one."""
+def worker_resources(cpus: float, accelerator: str) -> dict[str, float]:
+    """What one worker takes; ``auto`` asks the cluster for a GPU, not this machine, which may be a head without one."""
     import ray
 
-    return accelerator == "gpu" or (accelerator == "auto" and ray.cluster_resources().get("GPU", 0) > 0)
+    has_gpu = accelerator == "gpu" or (accelerator == "auto" and ray.cluster_resources().get("GPU", 0) > 0)
+    return {"CPU": cpus, "GPU": 1.0} if has_gpu else {"CPU": cpus}
 
 
-def check_resources(asked: dict[str, float], *, wait_s: float = 0.0) -> None:
-    """Compare what is asked with what the whole cluster has; Ray itself would wait for ever.
+def check_resources(bundles: Sequence[dict[str, float]], *, wait_s: float = 0.0) -> None:
+    """Find out whether the cluster's nodes can hold all workers at once; Ray itself would wait for ever.
+
+    Args:
+        bundles: what each worker needs, such as ``{"CPU": 2, "GPU": 1}``; a bundle lies on one node.
+        wait_s: how long to wait for an autoscaler, which is told what is needed.
 
     Raises:
-        ResourceError: something is missing after ``wait_s`` seconds.
+        ResourceError: something does not fit; the message says how much is asked and how much is there.
     """
     import ray
+    from ray.autoscaler.sdk import request_resources
 
     deadline = time.monotonic() + wait_s
-    while True:
-        there = ray.cluster_resources()
-        missing = [
-            f"{need:g} {name} (the cluster has {there.get(name, 0):g})"
-            for name, need in asked.items()
-            if need > there.get(name, 0)
-        ]
-        if not missing:
-            return
+    if wait_s:
+        request_resources(bundles=[dict(bundle) for bundle in bundles])
+    while not fits(bundles, [node["Resources"] for node in ray.nodes() if node["Alive"]]):
         if time.monotonic() >= deadline:
+            names = sorted({name for bundle in bundles for name in bundle})
+            asked = ", ".join(f"{sum(bundle.get(name, 0) for bundle in bundles):g} {name}" for name in names)
+            there = ", ".join(f"{ray.cluster_resources().get(name, 0):g} {name}" for name in names)
             raise ResourceError(
-                f"the run asks for {' and '.join(missing)}; lower loop.num_workers or launch.cpus_per_worker, "
-                "add nodes, or give an autoscaler time with --launch.wait-for-resources-s"
+                f"the run asks for {len(bundles)} worker(s) with {asked} in all; the cluster has {there}. Ask for less "
+                "(num_workers, cpus_per_worker, accelerator), add nodes, or give an autoscaler time "
+                "(--launch.wait-for-resources-s)"
             )
         time.sleep(min(2.0, max(0.0, deadline - time.monotonic())))
+
+
+def fits(bundles: Sequence[dict[str, float]], nodes: Sequence[dict[str, float]]) -> bool:
+    """Whether the bundles can be laid on the nodes, the largest first, each on the first node with room."""
+    room = [dict(node) for node in nodes]
+    for bundle in sorted(bundles, key=lambda bundle: sum(bundle.values()), reverse=True):
+        for node in room:
+            if all(node.get(name, 0) >= need for name, need in bundle.items()):
+                for name, need in bundle.items():
+                    node[name] = node.get(name, 0) - need
+                break
+        else:
+            return False
+    return True
 
 
 def _train_here(config: TrainConfig, run_dir: Path) -> None:
@@ -160,7 +175,7 @@ def _train_here(config: TrainConfig, run_dir: Path) -> None:
     train(config, PlainSession(run_dir, keep=config.launch.keep_checkpoints, device=device))
 
 
-def _train_on_ray(config: TrainConfig, run_dir: Path, num_gpus: int) -> None:
+def _train_on_ray(config: TrainConfig, run_dir: Path, worker: dict[str, float]) -> None:
     from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.torch import TorchTrainer
 
@@ -169,8 +184,8 @@ def _train_on_ray(config: TrainConfig, run_dir: Path, num_gpus: int) -> None:
         train_loop_config={"config": config.model_dump(mode="json"), "run_dir": str(run_dir)},
         scaling_config=ScalingConfig(
             num_workers=config.loop.num_workers,
-            use_gpu=num_gpus > 0,
-            resources_per_worker={"CPU": config.launch.cpus_per_worker} | ({"GPU": 1} if num_gpus else {}),
+            use_gpu="GPU" in worker,
+            resources_per_worker=worker,
         ),
         run_config=RunConfig(
             name="ray",

@@ -47,11 +47,11 @@ def synthetic_pretrain() -> TrainConfig:
         shards="data/synthetic/pictures",
         clip=PICTURE_CLIP.override({"image_size": 64}),
         augment=AugmentConfig(z_flip=0, image_sizes=(), shuffle_planes=True),
-        model=ModelConfig(backbone="mp3d18ba", width=0.25, head=ClassificationHead(num_classes=6)),
+        model=ModelConfig(backbone="mp3d18ba", width=0.25, head=ClassificationHead(num_classes=8)),
         optim=OptimConfig(
             algorithm="adamw", lr=2e-3, weight_decay=0.01, schedule="cosine", warmup_steps=20, clip_grad_norm=5
         ),
-        loop=LoopConfig(epochs=3, batch_size=32, steps_per_epoch=50, max_validation_clips=256, precision="fp32"),
+        loop=LoopConfig(epochs=4, batch_size=32, steps_per_epoch=100, max_validation_clips=256, precision="fp32"),
         launch=LaunchConfig(cpus_per_worker=2),
     )
 

@@ -10,12 +10,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from mp3d.config import TrainConfig
 
 INIT_TIMEOUT_S = 10
 """How long ``wandb.init`` may look for its server."""
+Mode = Literal["online", "offline", "disabled"]
 log = logging.getLogger(__name__)
 
 
@@ -42,16 +43,18 @@ def track(config: TrainConfig, run_dir: Path, rank: int) -> Iterator[Tracker]:
             _guarded(run.finish)
 
 
-def tracking_mode(asked: str) -> str:
+def tracking_mode(asked: Mode | Literal["auto"]) -> Mode:
     """online, offline or disabled."""
     if asked != "auto":
         return asked
-    if os.environ.get("WANDB_MODE") in ("online", "offline", "disabled"):
-        return os.environ["WANDB_MODE"]
+    named = os.environ.get("WANDB_MODE")
+    if named in ("online", "offline", "disabled"):
+        return named
     return "online" if os.environ.get("WANDB_API_KEY") else "offline"
 
 
-def _start(config: TrainConfig, run_dir: Path, mode: str) -> Any:
+def _start(config: TrainConfig, run_dir: Path, mode: Mode) -> Any:
+    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # its own crash reports would name this machine
     import wandb
 
     settings = wandb.Settings(
@@ -76,7 +79,8 @@ def _start(config: TrainConfig, run_dir: Path, mode: str) -> Any:
     }
     try:
         return wandb.init(**known, mode=mode, settings=settings)
-    except (wandb.Error, OSError, TimeoutError) as error:
+    except Exception as error:  # the boundary of a service that the run must not depend on
+        wandb.teardown()  # else its helper process holds the run's id
         if mode == "offline":
             log.warning("W&B is switched off for this run: %s", type(error).__name__)
             return None
@@ -90,5 +94,5 @@ def _guarded(call: Any, *args: Any, **kwargs: Any) -> None:
     """
     try:
         call(*args, **kwargs)
-    except Exception as error:  # noqa: BLE001 the boundary of a service that the run must not depend on
+    except Exception as error:
         log.warning("W&B: %s", type(error).__name__)

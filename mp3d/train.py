@@ -192,7 +192,7 @@ def train_step(run: Run, batch: Batch, step: int, rate: float) -> dict[str, Tens
     """Forward, backward, update. Plain torch: works without a session's host as long as there is one process."""
     device, optim = run.session.device, run.config.optim
     clips = [Clip(clip.slices.to(device, non_blocking=True), clip.key_slices) for clip in batch.clips]
-    targets = [cast(Target, {name: value.to(device) for name, value in target.items()}) for target in batch.targets]
+    targets = [_moved(target, device) for target in batch.targets]
     with autocast(device, run.dtype):
         losses = run.model(clips, targets, image_size=_image_size(run.config, step))
     loss = torch.stack(list(losses.values())).sum()
@@ -276,6 +276,11 @@ class Progress:
             f"ETA {left}  lr {rate:.2g}  {shown}",
             flush=True,
         )
+
+
+def _moved(target: Target, device: torch.device) -> Target:
+    tensors = cast(dict[str, Tensor], target)
+    return cast(Target, {name: tensor.to(device) for name, tensor in tensors.items()})
 
 
 def _image_size(config: TrainConfig, step: int) -> int:

@@ -1,0 +1,175 @@
+"""The loop on tiny data: it learns, it resumes to the bit, it refuses what it cannot use."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from mp3d.checkpoint import open_checkpoint
+from mp3d.errors import CheckpointError, ConfigError, DataError
+from mp3d.launch import run_training
+from mp3d.session import PlainSession, read_metrics
+from mp3d.train import TrainingDiverged, check_inputs, train
+from tests.tiny import classifier_config, ct_shards, detector_config, picture_shards
+
+
+@pytest.fixture(scope="module")
+def ct(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return ct_shards(tmp_path_factory.mktemp("ct") / "shards")
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return picture_shards(tmp_path_factory.mktemp("pictures") / "shards")
+
+
+class Killed(Exception):
+    """Stands for the end of a process."""
+
+
+class MortalSession(PlainSession):
+    """Dies when an epoch ends: right after its checkpoint, or while it is written."""
+
+    def __init__(self, run_dir: Path, die_in_epoch: int, while_saving: bool) -> None:
+        super().__init__(run_dir, keep=2, device=torch.device("cpu"))
+        self.die_in_epoch, self.while_saving = die_in_epoch, while_saving
+
+    def report(self, epoch, score, metrics, save):
+        def torn(path: Path) -> None:
+            save(path)
+            (path / "manifest.json").unlink()
+            raise Killed
+
+        dies = epoch == self.die_in_epoch
+        super().report(epoch, score, metrics, torn if dies and self.while_saving else save)
+        if dies:
+            raise Killed
+
+
+def weights(run: Path, epoch: int) -> dict[str, torch.Tensor]:
+    return open_checkpoint(run / f"epoch_{epoch:04d}").model_state()
+
+
+@pytest.mark.parametrize("while_saving", [False, True])
+@pytest.mark.parametrize("head", ["detector", "classifier"])
+def test_a_killed_run_goes_on_to_the_same_weights(
+    ct: Path, pictures: Path, tmp_path: Path, head: str, while_saving: bool
+):
+    make, shards = {"detector": (detector_config, ct), "classifier": (classifier_config, pictures)}[head]
+    config = make(shards, tmp_path, loop__epochs=3)
+    unbroken = run_training(config.override({"name": "unbroken"}))
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    with pytest.raises(Killed):
+        train(config, MortalSession(broken, 2, while_saving))
+    train(config, PlainSession(broken, keep=2, device=torch.device("cpu")))
+    expected, got = weights(unbroken, 3), weights(broken, 3)
+    assert all(torch.equal(expected[name], got[name]) for name in expected)
+    assert [line["epoch"] for line in read_metrics(broken)] == [1, 2, 3]
+    assert read_metrics(broken) == read_metrics(unbroken)
+
+
+def test_a_finished_run_is_not_trained_again(ct: Path, tmp_path: Path):
+    config = detector_config(ct, tmp_path, loop__epochs=1)
+    run = run_training(config)
+    before = (run / "epoch_0001" / "model.safetensors").stat().st_mtime_ns
+    run_training(config)
+    assert (run / "epoch_0001" / "model.safetensors").stat().st_mtime_ns == before
+
+
+def test_the_best_checkpoints_and_the_latest_are_kept(ct: Path, tmp_path: Path):
+    run = run_training(
+        detector_config(ct, tmp_path, loop__epochs=5, loop__steps_per_epoch=1, launch__keep_checkpoints=1)
+    )
+    kept = sorted(path.name for path in run.glob("epoch_*"))
+    scores = {line["epoch"]: line["score"] for line in read_metrics(run)}
+    best = max(scores, key=lambda epoch: (scores[epoch], epoch))
+    assert kept == sorted({f"epoch_{best:04d}", "epoch_0005"})
+    assert open_checkpoint(run).score == max(scores.values())
+
+
+def test_the_same_name_with_another_configuration_is_refused(ct: Path, tmp_path: Path):
+    config = detector_config(ct, tmp_path, loop__epochs=1, loop__steps_per_epoch=1)
+    run_training(config)
+    with pytest.raises(ConfigError, match=r"optim.lr was 0.003, is 0.1"):
+        run_training(config.override({"optim.lr": 0.1}))
+
+
+def test_a_detector_learns(ct: Path, tmp_path: Path):
+    run = run_training(detector_config(ct, tmp_path, loop__epochs=4, loop__steps_per_epoch=20))
+    assert open_checkpoint(run).metrics["sensitivity@1"] >= 0.5
+
+
+def test_a_classifier_learns_and_its_backbone_starts_a_detector(
+    ct: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    pretrained = run_training(classifier_config(pictures, tmp_path, loop__epochs=3, loop__steps_per_epoch=6))
+    assert open_checkpoint(pretrained).metrics["top1"] == 1.0
+    capsys.readouterr()
+    run = run_training(detector_config(ct, tmp_path, init_from=str(pretrained), loop__epochs=1, optim__lr=1e-9))
+    said = capsys.readouterr().out
+    assert "stage4" in said
+    assert "re-initialised" in said
+    source, moved = open_checkpoint(pretrained).model_state(), weights(run, 1)
+    name = next(name for name in source if name.endswith("stem.conv.weight"))
+    ours = next(key for key in moved if key.endswith("stem.conv.weight"))
+    torch.testing.assert_close(moved[ours], source[name], atol=1e-6, rtol=0)
+
+
+def test_frozen_stages_do_not_move(ct: Path, tmp_path: Path):
+    run = run_training(detector_config(ct, tmp_path, loop__epochs=2, loop__steps_per_epoch=1, model__frozen_stages=1))
+    first, last = weights(run, 1), weights(run, 2)
+    changed = {name for name in first if not torch.equal(first[name], last[name])}
+    assert any("stage2" in name for name in changed)
+    assert not any("stem" in name or "stage1" in name for name in changed)
+
+
+def test_negatives_and_several_sizes_train(ct: Path, tmp_path: Path):
+    config = detector_config(ct, tmp_path, loop__epochs=1, loop__negatives=1.0, augment__image_sizes=(32, 48))
+    assert run_training(config).exists()
+
+
+def test_a_loss_that_is_not_finite_names_the_batch(ct: Path, tmp_path: Path):
+    with pytest.raises(TrainingDiverged, match=r"step \d+: the loss is (nan|inf) on series/slice [0-9a-f]{16}/\d"):
+        run_training(detector_config(ct, tmp_path, optim__lr=1e18, optim__clip_grad_norm=None, optim__warmup_steps=0))
+
+
+def test_every_checkpoint_damaged_is_refused(ct: Path, tmp_path: Path):
+    config = detector_config(ct, tmp_path, loop__epochs=1, loop__steps_per_epoch=1)
+    run = run_training(config)
+    (run / "epoch_0001" / "model.safetensors").write_bytes(b"torn")
+    with pytest.warns(UserWarning, match="passed over"), pytest.raises(CheckpointError, match="every checkpoint"):
+        run_training(config)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"shards": "nowhere"}, DataError, "run jobs/prepare.py"),
+        ({"init_from": "nowhere"}, CheckpointError, "neither a checkpoint"),
+        ({"model.head": {"kind": "classification", "num_classes": 1}, "clip.num_slices": 3}, ConfigError, "2 classes"),
+    ],
+)
+def test_unusable_inputs_are_refused_before_anything_starts(
+    ct: Path, pictures: Path, tmp_path: Path, changes: dict, error: type[Exception], message: str
+):
+    shards = pictures if "model.head" in changes else ct
+    with pytest.raises(error, match=message):
+        check_inputs(detector_config(shards, tmp_path).override(changes))
+
+
+def test_shards_without_boxes_cannot_train_a_detector(pictures: Path, tmp_path: Path):
+    with pytest.raises(DataError, match="no slice with a box"):
+        check_inputs(detector_config(pictures, tmp_path))
+
+
+def test_altered_shards_stop_the_run_with_the_file_named(ct: Path, tmp_path: Path):
+    copy = tmp_path / "shards"
+    shutil.copytree(ct, copy)
+    for part in copy.glob("part-*.parquet"):
+        content = bytearray(part.read_bytes())
+        content[len(content) // 3] ^= 0xFF
+        part.write_bytes(content)
+    with pytest.raises(DataError, match=r"part-\d+\.parquet"):
+        run_training(detector_config(copy, tmp_path))
