@@ -21,7 +21,7 @@ from mp3d.errors import DataError
 from mp3d.sample import Clip, Target
 
 PICTURE_GROUPS_MIXED = 8
-"""Row groups of pictures that are shuffled together: random order at the cost of reading each group about once a pass."""
+"""Row groups of pictures that are shuffled together: random order, and each group is read about once a pass."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ def read_clip(shards: ShardSet, sample: Sample, clip: ClipConfig) -> tuple[Clip,
         planes = torch.from_numpy(decode_image(key).copy())
         if len(planes) != clip.num_slices:
             raise DataError(
-                f"{shards.folder} holds pictures of {len(planes)} planes, clip.num_slices is {clip.num_slices}; set it to 3"
+                f"{shards.folder} holds pictures of {len(planes)} planes; set clip.num_slices to 3, not {clip.num_slices}"
             )
         made = Clip(planes, (len(planes) // 2,))
     else:
@@ -109,7 +109,7 @@ def read_clip(shards: ShardSet, sample: Sample, clip: ClipConfig) -> tuple[Clip,
 
 
 def annotated_samples(shards: ShardSet, split: str, negatives: float = 0.0) -> tuple[list[Sample], list[Sample]]:
-    """Key slices with boxes, and the searched slices without that may stand beside them (none where ``negatives`` is 0).
+    """Key slices with boxes, and those without that may stand beside them (none where ``negatives`` is 0).
 
     Raises:
         DataError: no slice of the split has a box.

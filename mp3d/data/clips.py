@@ -30,7 +30,7 @@ def window_positions(
 
 
 def resample_z(slices: Int16[np.ndarray, "n h w"], positions: Float[np.ndarray, "d"]) -> Int16[np.ndarray, "d h w"]:
-    """Linear interpolation along z at fractional slice numbers, rounded to whole HU. Whole numbers are copied exactly."""
+    """Linear interpolation along z at fractional slice numbers, rounded to whole HU; whole numbers are copied."""
     lower = np.floor(positions).astype(int)
     weights = positions - lower
     out = np.empty((len(positions), *slices.shape[1:]), np.int16)

@@ -1,0 +1,214 @@
+"""Read a data set and write it as shards, on Ray Data.
+
+    python jobs/prepare.py --out shards/deeplesion deeplesion --root DeepLesion
+    ray job submit --working-dir . -- python jobs/prepare.py --out /mnt/shards/ct dicom --root /mnt/ct
+
+A run that was stopped goes on when the same command is given again. What cannot be used is refused with a reason, and
+named on the terminal and in OUT-private/sources.json; the shards hold no names.
+"""
+
+import difflib
+import functools
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from pkgutil import resolve_name
+from typing import Annotated, Any, Literal, Union
+
+import tyro
+
+from mp3d import cli
+from mp3d.data import READERS
+from mp3d.data.id_key import id_key_path, load_id_key
+from mp3d.data.prepare import PrepareResult, prepare
+from mp3d.data.source import Source
+from mp3d.data.splits import SPLITS, assign_splits
+from mp3d.errors import ConfigError
+from mp3d.launch import connect_ray
+
+TOO_MANY_REJECTS = 5
+"""Exit code."""
+SHOWN_REJECTS = 20
+PROGRESS_EVERY_S = 10.0
+"""Between two lines of progress where the output is no terminal."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a data set is prepared; what it is comes behind, as a sub-command."""
+
+    out: Path
+    """Folder of the shards: a new one, or one that the same command began. On a cluster all nodes must mount it."""
+    runner: Literal["ray", "local"] = "ray"
+    """ray: tasks on the cluster (or this machine); local: one after the other in this process."""
+    items_per_part: int = 1
+    """Series (or batches of pictures) in one Parquet file."""
+    split_fractions: tuple[float, float, float] = (0.7, 0.15, 0.15)
+    """Shares of the patients in train, val and test, where the data set gives no split."""
+    split_seed: int = 0
+    """Another number, another draw of the patients."""
+    id_key_file: Path | None = None
+    """Secret that patients are hashed with; default: $MP3D_ID_KEY_FILE, else ~/.config/mp3d/id_key; made if absent."""
+    allowed_rejects: int = 0
+    """Series or pictures that may be refused before the exit code is 5."""
+    retry_rejects: bool = False
+    """Read once more what was refused by an earlier run of this command."""
+    dry_run: bool = False
+    """List the data set, print the plan and stop."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    options, read = parse(sys.argv[1:] if argv is None else argv)
+    out = _absolute(options.out)
+    arguments = {name: _absolute(value) for name, value in read.keywords.items()}
+    print(f"listing {arguments['root']} ...")
+    source = read.func(**arguments)
+    splits = assign_splits(source.items, options.split_fractions, options.split_seed)
+    if options.dry_run:
+        cli.print_plan(plan(source, splits, options, out))
+        return 0
+    id_key = load_id_key(options.id_key_file and _absolute(options.id_key_file))
+    if options.runner == "ray":
+        connect_ray()
+    result = prepare(
+        source,
+        out,
+        id_key=id_key,
+        runner=options.runner,
+        items_per_part=options.items_per_part,
+        split_fractions=options.split_fractions,
+        split_seed=options.split_seed,
+        retry_rejects=options.retry_rejects,
+        progress=Progress(),
+    )
+    print_result(result, source)
+    if len(result.rejects) > options.allowed_rejects:
+        told = f"{len(result.rejects)} were refused, --allowed-rejects is {options.allowed_rejects}"
+        print(f"error: {told}", file=sys.stderr)
+        return TOO_MANY_REJECTS
+    return 0
+
+
+def parse(argv: Sequence[str]) -> tuple[Options, functools.partial[Source]]:
+    """The options, and the reader with its arguments, not yet called.
+
+    Usage errors exit with 2, as ``--help`` does with 0.
+
+    Raises:
+        ConfigError: no such reader; the message has the nearest name.
+    """
+    if not set(argv) & READERS.keys():
+        for word in argv:
+            if near := difflib.get_close_matches(word, READERS, n=1):
+                raise ConfigError(f"there is no reader {word!r}; did you mean {near[0]!r}? all: {', '.join(READERS)}")
+    commands = tuple(
+        Annotated[
+            functools.partial,
+            tyro.conf.subcommand(name, constructor=_deferred(resolve_name(place)), prefix_name=False),
+        ]
+        for name, place in READERS.items()
+    )
+
+    def command(
+        options: Annotated[Options, tyro.conf.arg(name="")],
+        reader: Annotated[Union[commands], tyro.conf.arg(name="")],  # type: ignore[valid-type]  # noqa: UP007
+    ) -> tuple[Options, functools.partial[Source]]:
+        return options, reader
+
+    return tyro.cli(
+        command,
+        args=list(argv),
+        prog=Path(sys.argv[0]).name,
+        description=f"{__doc__}\n{cli.EXIT_CODES} · {TOO_MANY_REJECTS} done, but more refused than allowed",
+        config=(tyro.conf.FlagCreatePairsOff,),
+    )
+
+
+def plan(source: Source, splits: dict[str, str], options: Options, out: Path) -> dict[str, Any]:
+    """What would be done, in words."""
+    patients = Counter(splits.values())
+    pictures = Counter[str]()
+    for item in source.items:
+        pictures[splits[item.patient]] += len(item.members)
+    in_split = pictures if source.items and source.items[0].members else patients
+    unit = "pictures" if in_split is pictures else "patients"
+    num_parts = -(-len(source.items) // options.items_per_part)
+    refused = Counter(refusal.reason for _, refusal in source.refused)
+    return {
+        "data set": f"{source.dataset}, read by {source.reader}",
+        "items": f"{len(source.items)} {'batches of pictures' if unit == 'pictures' else 'series'}",
+        "splits": ", ".join(f"{split} {in_split[split]} {unit}" for split in SPLITS),
+        "classes": f"{len(source.class_names)}: {', '.join(source.class_names[:5])}"
+        + (" ..." if len(source.class_names) > 5 else ""),
+        "refused": ", ".join(f"{reason} {count}" for reason, count in refused.most_common()) or "none so far",
+        "notes": "; ".join(source.notes) or "none",
+        "writes": f"{num_parts} parts into {out}{' (exists)' if out.exists() else ''}",
+        "id key": id_key_path(options.id_key_file),
+        "runs on": options.runner,
+    }
+
+
+def print_result(result: PrepareResult, source: Source) -> None:
+    print(f"{'already prepared, nothing to do' if result.already_prepared else 'prepared'}: {result.folder}")
+    print(f"{'':8}{'patients':>10}{'series':>10}{'rows':>10}{'boxes':>10}")
+    for split, counts in result.counts.items():
+        print(f"{split:8}{counts['patients']:>10}{counts['series']:>10}{counts['rows']:>10}{counts['boxes']:>10}")
+    for note in source.notes:
+        print(f"note: {note}")
+    for warning, count in result.warnings.items():
+        print(f"tolerated: {warning} in {count} series")
+    for key, reject in result.rejects[:SHOWN_REJECTS]:
+        name = key.encode(errors="backslashreplace").decode()  # file names may be no valid text
+        print(f"refused: {name}: {reject.reason}: {reject.detail}")
+    if len(result.rejects) > SHOWN_REJECTS:
+        print(f"refused: {len(result.rejects) - SHOWN_REJECTS} more; reasons are in manifest.json")
+    if result.private:
+        print(f"names of all that was refused: {result.private}")
+
+
+class Progress:
+    """One line that is rewritten on a terminal, a line now and then elsewhere."""
+
+    def __init__(self) -> None:
+        self._started = time.monotonic()
+        self._already_done: int | None = None
+        self._told = -PROGRESS_EVERY_S
+
+    def __call__(self, done: int, total: int, rows: int, rejects: int) -> None:
+        if self._already_done is None:
+            self._already_done = done
+        passed = time.monotonic() - self._started
+        on_terminal = sys.stdout.isatty()
+        if not on_terminal and done < total and passed - self._told < PROGRESS_EVERY_S:
+            return
+        self._told = passed
+        new = done - self._already_done
+        eta = f", {passed / new * (total - done):.0f} s left" if new and done < total else ""
+        line = f"{done}/{total} parts, {rows} rows, {rejects} refused, {passed:.0f} s{eta}"
+        if on_terminal:
+            print(f"\r\033[K{line}", end="\n" if done == total else "", flush=True)
+        else:
+            print(line, flush=True)
+
+
+def _deferred(reader: Callable[..., Source]) -> Callable[..., functools.partial[Source]]:
+    """The reader's signature and help, without reading: what goes wrong while reading is no usage error."""
+
+    @tyro.conf.configure(tyro.conf.FlagConversionOff)
+    @functools.wraps(reader)
+    def bind(**arguments: Any) -> functools.partial[Source]:
+        return functools.partial(reader, **arguments)
+
+    return bind
+
+
+def _absolute(value: Any) -> Any:
+    """Paths as every worker can open them."""
+    return Path(cli.absolute(str(value))) if isinstance(value, Path) else value
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main))

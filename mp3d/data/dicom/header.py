@@ -1,0 +1,119 @@
+"""What grouping, geometry and Hounsfield units need of a DICOM file's header; of the patient the id alone is kept."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydicom import uid
+
+from mp3d.data.dicom.elements import Pixels, Values, open_body, read_elements
+
+CT_CLASSES = frozenset({uid.CTImageStorage, uid.EnhancedCTImageStorage, uid.LegacyConvertedEnhancedCTImageStorage})
+MULTIFRAME_CLASSES = CT_CLASSES - {uid.CTImageStorage}
+
+KEYWORDS = (
+    "ImageType", "SOPClassUID", "SOPInstanceUID", "Modality", "PatientID", "GantryDetectorTilt", "ConvolutionKernel",
+    "StudyInstanceUID", "SeriesInstanceUID", "AcquisitionNumber", "InstanceNumber", "ImagePositionPatient",
+    "ImageOrientationPatient", "FrameOfReferenceUID", "SamplesPerPixel", "PhotometricInterpretation", "NumberOfFrames",
+    "Rows", "Columns", "PixelSpacing", "BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation",
+    "RescaleIntercept", "RescaleSlope", "RescaleType",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Header:
+    """What one file says of itself; an absent or empty element is ``None``, 0, ``""`` or ``()``.
+
+    Attributes:
+        name: where it lies, relative to what was listed; never part of a message.
+        source: the file, or its bytes.
+        pixels: where Pixel Data lies.
+        cut: the file ends too early, before or inside Pixel Data.
+    """
+
+    name: str
+    source: Path | bytes
+    transfer_syntax: str
+    sop_class_uid: str
+    sop_instance_uid: str
+    study_instance_uid: str
+    series_instance_uid: str
+    frame_of_reference_uid: str
+    patient_id: str
+    modality: str
+    image_type: tuple[str, ...]
+    convolution_kernel: str
+    acquisition_number: str
+    instance_number: int | None
+    gantry_tilt_deg: float | None
+    image_position_patient: tuple[float, ...]
+    """LPS, mm: centre of the first pixel."""
+    image_orientation_patient: tuple[float, ...]
+    """Cosines of a row (x, y, z), then of a column."""
+    pixel_spacing_yx_mm: tuple[float, ...]
+    """Between rows (y), then between columns (x)."""
+    rows: int
+    columns: int
+    number_of_frames: int
+    samples_per_pixel: int
+    photometric_interpretation: str
+    bits_allocated: int
+    bits_stored: int
+    high_bit: int
+    pixel_representation: int | None
+    rescale_slope: float | None
+    rescale_intercept: float | None
+    rescale_type: str
+    pixels: Pixels | None
+    cut: bool
+
+    @property
+    def label(self) -> str:
+        """What messages call it: neither UID nor file name."""
+        return "an instance without number" if self.instance_number is None else f"instance {self.instance_number}"
+
+
+def read_header(source: Path | bytes, name: str = "") -> Header:
+    """Read the header of a DICOM file of any kind.
+
+    Raises:
+        Refusal: ``UNREADABLE``, ``NOT_DICOM``, ``BAD_HEADER`` or ``TOO_LARGE``.
+    """
+    body = open_body(source)
+    with body.file:
+        elements, pixels, cut = read_elements(body, KEYWORDS)
+    values = Values(elements, body.little_endian)
+    meta = Values(body.meta)
+    return Header(
+        name=name,
+        source=source,
+        transfer_syntax=body.transfer_syntax,
+        sop_class_uid=values.text("SOPClassUID") or meta.text("MediaStorageSOPClassUID"),
+        sop_instance_uid=values.text("SOPInstanceUID") or meta.text("MediaStorageSOPInstanceUID"),
+        study_instance_uid=values.text("StudyInstanceUID"),
+        series_instance_uid=values.text("SeriesInstanceUID"),
+        frame_of_reference_uid=values.text("FrameOfReferenceUID"),
+        patient_id=values.text("PatientID"),
+        modality=values.text("Modality").upper(),
+        image_type=tuple(part.strip().upper() for part in values.text("ImageType").split("\\")),
+        convolution_kernel=values.text("ConvolutionKernel"),
+        acquisition_number=values.text("AcquisitionNumber"),
+        instance_number=values.integer("InstanceNumber"),
+        gantry_tilt_deg=values.number("GantryDetectorTilt"),
+        image_position_patient=values.numbers("ImagePositionPatient", 3),
+        image_orientation_patient=values.numbers("ImageOrientationPatient", 6),
+        pixel_spacing_yx_mm=values.numbers("PixelSpacing", 2),
+        rows=values.unsigned("Rows") or 0,
+        columns=values.unsigned("Columns") or 0,
+        number_of_frames=values.integer("NumberOfFrames") or 1,
+        samples_per_pixel=values.unsigned("SamplesPerPixel") or 0,
+        photometric_interpretation=values.text("PhotometricInterpretation"),
+        bits_allocated=values.unsigned("BitsAllocated") or 0,
+        bits_stored=values.unsigned("BitsStored") or 0,
+        high_bit=values.unsigned("HighBit") or 0,
+        pixel_representation=values.unsigned("PixelRepresentation"),
+        rescale_slope=values.number("RescaleSlope"),
+        rescale_intercept=values.number("RescaleIntercept"),
+        rescale_type=values.text("RescaleType").upper(),
+        pixels=pixels,
+        cut=cut,
+    )

@@ -1,0 +1,246 @@
+"""The files of a folder or archive to CT series, by their headers alone."""
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
+
+import numpy as np
+from pydicom import uid
+
+from mp3d.data.dicom.header import CT_CLASSES, MULTIFRAME_CLASSES, Header, read_header
+from mp3d.data.dicom.pixels import check_pixel_format
+from mp3d.data.files import walk
+from mp3d.data.geometry import direction_cosines
+from mp3d.errors import Refusal
+
+LOCALIZER_ANGLE_DEG = 45.0
+"""An image that stands further off the main stack than this is a localizer, whatever its Image Type."""
+MAX_LOCALIZERS = 6
+"""More images than this in another orientation are no localizers but a second stack."""
+
+OBJECT_MODALITIES = frozenset(
+    {"RTSTRUCT", "SEG", "SR", "PR", "KO", "RTDOSE", "RTPLAN", "RTRECORD", "REG", "FID", "RWV", "DOC", "PLAN"}
+)
+"""Companions of images, not images: passed on, not refused."""
+COMPANION_SUFFIXES = frozenset(
+    {
+        *(".xml", ".txt", ".csv", ".tsv", ".md", ".json", ".yaml", ".yml", ".html", ".pdf", ".log", ".ini", ".xlsx"),
+        *(".jpg", ".jpeg", ".png", ".gif", ".nii", ".gz", ".xz", ".zip", ".nrrd", ".mha", ".sqlite", ".py", ".sh"),
+    }
+)
+COMPANION_NAMES = frozenset({"DICOMDIR", "LICENSE", "README", "ATTRIBUTION", "LOCKFILE", "VERSION"})
+"""Files that lie beside DICOM; passed over where they are no DICOM themselves, as hidden files are."""
+
+
+@dataclass(frozen=True)
+class SeriesFiles:
+    """The files of one CT series (or of one acquisition in it), not yet ordered or checked.
+
+    Attributes:
+        key: name of its first file; unique in the listing.
+        patient: the unit of splitting: Patient ID, or what stands for it.
+        study: Study Instance UID, or what stands for it.
+        series: Series Instance UID, or what stands for it; unique in the listing.
+        warnings: codes of :data:`~mp3d.data.reasons.WARNINGS`.
+    """
+
+    key: str
+    patient: str
+    study: str
+    series: str
+    slices: tuple[Header, ...]
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def series_instance_uid(self) -> str:
+        return self.slices[0].series_instance_uid
+
+    @property
+    def frame_of_reference_uid(self) -> str:
+        return self.slices[0].frame_of_reference_uid
+
+
+class Listing(NamedTuple):
+    """CT series; what was refused, by name; DICOM objects that are no images, such as RT Structure Sets."""
+
+    series: list[SeriesFiles]
+    refused: list[tuple[str, Refusal]]
+    objects: list[Header]
+
+
+def group_series(files: Path | Mapping[str, bytes]) -> Listing:
+    """Read the headers of all files under a folder, or of named bytes, and group them into CT series.
+
+    A series is one Series Instance UID without its localizers. Where positions repeat, it is split by Acquisition
+    Number, Convolution Kernel or Image Type, whichever makes them unique: phases or reconstructions of one range.
+    A broken file is refused alone; whether the rest is still a regular stack is for ``load_volume`` to say.
+    """
+    listing = Listing([], [], [])
+    groups: dict[tuple, list[Header]] = defaultdict(list)
+    for name, source in _sources(files):
+        try:
+            header = read_header(source, name)
+        except Refusal as refusal:
+            if refusal.reason != "NOT_DICOM" or not _is_companion(name):
+                listing.refused.append((name, refusal))
+            continue
+        if header.modality in OBJECT_MODALITIES or header.sop_class_uid == uid.MediaStorageDirectoryStorage:
+            listing.objects.append(header)
+        else:
+            groups[_series_key(header)].append(header)
+    for headers in groups.values():
+        series, refused = _group(headers)
+        listing.series.extend(series)
+        listing.refused.extend(refused)
+    return listing
+
+
+def _sources(files: Path | Mapping[str, bytes]) -> Iterator[tuple[str, Path | bytes]]:
+    if isinstance(files, Path):
+        for path in walk(files):
+            yield path.relative_to(files).as_posix(), path
+    else:
+        yield from sorted(files.items())
+
+
+def _is_companion(name: str) -> bool:
+    path = PurePosixPath(name)
+    return path.suffix.lower() in COMPANION_SUFFIXES or path.name in COMPANION_NAMES or path.name.startswith(".")
+
+
+def _series_key(header: Header) -> tuple:
+    """Over-anonymised files have no Series Instance UID; that must not make one series of them all."""
+    if header.series_instance_uid:
+        return (header.series_instance_uid,)
+    folder = PurePosixPath(header.name).parent
+    orientation = np.round(header.image_orientation_patient, 1) + 0.0
+    return (folder, header.frame_of_reference_uid, header.rows, header.columns, orientation.tobytes())
+
+
+def _group(headers: list[Header]) -> tuple[list[SeriesFiles], list[tuple[str, Refusal]]]:
+    """The CT series among the images of one Series Instance UID, and what of them is refused."""
+    refused: list[tuple[str, Refusal]] = []
+    warnings = [] if headers[0].series_instance_uid else ["EMPTY_SERIES_UID"]
+
+    headers, others = _partition(headers, _is_ct)
+    if others:
+        detail = f"{len(others)} files of another modality, or without Hounsfield units; leave them out"
+        refused.append((others[0].name, Refusal("NOT_CT", detail)))
+    headers, multiframe = _partition(headers, _is_single_frame)
+    if multiframe:
+        detail = f"{len(multiframe)} files hold several frames; export the series as one file per slice"
+        refused.append((multiframe[0].name, Refusal("MULTIFRAME_UNSUPPORTED", detail)))
+    headers, broken = _whole_files(headers)
+    refused += broken
+    stack, localizers = _without_localizers(headers)
+    if localizers:
+        warnings.append("LOCALIZER_DROPPED")
+    if localizers and not stack:
+        detail = f"{len(localizers)} localizers and nothing else; choose the axial series"
+        refused.append((localizers[0].name, Refusal("LOCALIZER_ONLY", detail)))
+    if not stack:
+        return [], refused
+    if broken:
+        warnings.append("BROKEN_FILE_DROPPED")
+    if not stack[0].patient_id:
+        warnings.append("UNKNOWN_PATIENT")
+    parts = _split_by_acquisition(stack)
+    if len(parts) > 1:
+        warnings.append("SPLIT_BY_ACQUISITION")
+    return [_series_files(part, number, warnings) for number, part in enumerate(parts)], refused
+
+
+def _series_files(slices: Sequence[Header], part: int, warnings: Iterable[str]) -> SeriesFiles:
+    first = slices[0]
+    folder = str(PurePosixPath(first.name).parent)
+    series = first.series_instance_uid or first.name
+    return SeriesFiles(
+        key=first.name,
+        patient=first.patient_id or first.study_instance_uid or first.frame_of_reference_uid or folder,
+        study=first.study_instance_uid or first.frame_of_reference_uid or folder,
+        series=f"{series}#{part}" if part else series,
+        slices=tuple(slices),
+        warnings=tuple(warnings),
+    )
+
+
+def _partition(headers: Iterable[Header], test: Callable[[Header], bool]) -> tuple[list[Header], list[Header]]:
+    passed: list[Header] = []
+    failed: list[Header] = []
+    for header in headers:
+        (passed if test(header) else failed).append(header)
+    return passed, failed
+
+
+def _is_ct(header: Header) -> bool:
+    """By modality and class; where one is empty (over-anonymised, or cut off), the other decides."""
+    return header.modality in ("CT", "") and (header.sop_class_uid in CT_CLASSES or not header.sop_class_uid)
+
+
+def _is_single_frame(header: Header) -> bool:
+    return header.sop_class_uid not in MULTIFRAME_CLASSES and header.number_of_frames == 1
+
+
+def _whole_files(headers: list[Header]) -> tuple[list[Header], list[tuple[str, Refusal]]]:
+    """Without the files whose pixels cannot be read. What is wrong with a whole series alike is one entry."""
+    whole: list[Header] = []
+    broken: list[tuple[str, Refusal]] = []
+    for header in headers:
+        try:
+            check_pixel_format(header)
+        except Refusal as refusal:
+            broken.append((header.name, refusal))
+        else:
+            whole.append(header)
+    alike = len({refusal.reason for _, refusal in broken}) == 1
+    if alike and len(broken) > 1 and not whole and headers[0].series_instance_uid:
+        name, refusal = broken[0]
+        broken = [(name, Refusal(refusal.reason, f"{refusal.detail} (all {len(broken)} files of this series)"))]
+    return whole, broken
+
+
+def _without_localizers(headers: list[Header]) -> tuple[list[Header], list[Header]]:
+    """The main stack; the localizers, by Image Type, or as the few images that stand across the main stack."""
+    stack, localizers = _partition(headers, lambda header: "LOCALIZER" not in header.image_type)
+    normals = {header.name: _normal(header) for header in stack}
+    counts = Counter(normal for normal in normals.values() if normal)
+    if len(counts) > 1:
+        (main, _), *_ = counts.most_common(1)
+        limit = np.cos(np.radians(LOCALIZER_ANGLE_DEG))
+        along, across = _partition(stack, lambda header: abs(np.dot(normals[header.name] or main, main)) >= limit)
+        if len(across) <= MAX_LOCALIZERS and len(across) < len(along):
+            return along, localizers + across
+    return stack, localizers
+
+
+def _normal(header: Header) -> tuple[float, ...]:
+    """The slice normal, rounded; empty where the orientation is missing or broken (refused later, by name)."""
+    if not header.image_orientation_patient:
+        return ()
+    try:
+        directions = direction_cosines(header.image_orientation_patient, header.label)
+    except Refusal:
+        return ()
+    return tuple((np.round(directions[:, 2], 2) + 0.0).tolist())
+
+
+def _split_by_acquisition(headers: list[Header]) -> list[list[Header]]:
+    """Parts without repeated positions, by the first element that gives them; the whole where none does."""
+    if _positions_are_unique(headers):
+        return [headers]
+    for element in ("acquisition_number", "convolution_kernel", "image_type"):
+        parts: dict[object, list[Header]] = defaultdict(list)
+        for header in headers:
+            parts[getattr(header, element)].append(header)
+        if len(parts) > 1 and all(map(_positions_are_unique, parts.values())):
+            return list(parts.values())
+    return [headers]
+
+
+def _positions_are_unique(headers: Iterable[Header]) -> bool:
+    """A file that lies there twice (one SOP Instance UID) is no repetition; ``load_volume`` compares the pixels."""
+    instances = {header.sop_instance_uid or header.name: header for header in headers}.values()
+    counts = Counter(tuple(round(value, 2) for value in header.image_position_patient) for header in instances)
+    return all(count == 1 for count in counts.values())

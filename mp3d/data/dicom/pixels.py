@@ -1,0 +1,231 @@
+"""Pixel Data of one slice to Hounsfield units: a decoder per transfer syntax, sizes checked before anything is decoded.
+
+Hounsfield units are slope x stored value + intercept (DICOM PS3.3 C.11.1), each slice with its own slope and intercept.
+MONOCHROME1 says how to display a value, not what it is, so it changes nothing here.
+"""
+
+from itertools import pairwise
+from typing import Any
+
+import jpeg_ls
+import numpy as np
+from jaxtyping import Int16, Integer, UInt16
+from openjpeg.utils import decode_pixel_data, get_parameters
+from pydicom import uid
+
+from mp3d.data.dicom.elements import ITEM, SEQUENCE_DELIMITER, File, open_body
+from mp3d.data.dicom.header import Header
+from mp3d.errors import Refusal
+
+NATIVE = frozenset(
+    {
+        uid.ImplicitVRLittleEndian,
+        uid.ExplicitVRLittleEndian,
+        uid.ExplicitVRBigEndian,
+        uid.DeflatedExplicitVRLittleEndian,
+    }
+)
+JPEG_LS = frozenset({uid.JPEGLSLossless, uid.JPEGLSNearLossless})
+JPEG_2000 = frozenset({uid.JPEG2000Lossless, uid.JPEG2000, uid.HTJ2KLossless, uid.HTJ2KLosslessRPCL, uid.HTJ2K})
+SUPPORTED = NATIVE | JPEG_LS | JPEG_2000 | {uid.RLELossless}
+
+MAX_SLICE_PIXELS = 4096 * 4096
+"""A few bytes of RLE can claim any size."""
+MIN_SLOPE, MAX_SLOPE = 1e-4, 1e3
+MAX_INTERCEPT = 1e5
+"""Beyond these, 16-bit integers give no Hounsfield units of a patient."""
+INT16 = np.iinfo(np.int16)
+
+
+def check_pixel_format(header: Header) -> None:
+    """What can be said of the pixels from the header alone.
+
+    Raises:
+        Refusal: ``NO_PIXELS``, ``TRUNCATED``, ``UNSUPPORTED_TRANSFER_SYNTAX``, ``BAD_PIXEL_FORMAT``, ``TOO_LARGE`` or
+            ``PIXEL_LENGTH``.
+    """
+    if header.pixels is None and not header.cut:
+        raise Refusal("NO_PIXELS", f"{header.label} has no Pixel Data (7FE0,0010); export it with its pixels")
+    if header.pixels is None or header.cut:
+        where = "before" if header.pixels is None else "inside"
+        raise Refusal("TRUNCATED", f"{header.label} ends {where} Pixel Data (7FE0,0010); copy it again")
+    if header.transfer_syntax not in SUPPORTED:
+        known = header.transfer_syntax in uid.AllTransferSyntaxes
+        name = uid.UID(header.transfer_syntax).name if known else "a private or unknown transfer syntax"
+        raise Refusal(
+            "UNSUPPORTED_TRANSFER_SYNTAX",
+            f"{header.label} is stored as {name} (0002,0010); export it uncompressed, or as RLE, JPEG-LS or JPEG 2000",
+        )
+    if problems := _format_problems(header):
+        raise Refusal("BAD_PIXEL_FORMAT", f"{header.label}: {', '.join(problems)}; export the original CT images")
+    if header.rows * header.columns > MAX_SLICE_PIXELS:
+        size = f"{header.rows} x {header.columns} pixels"
+        raise Refusal("TOO_LARGE", f"{header.label} has {size}, at most {MAX_SLICE_PIXELS} are read")
+    native = header.transfer_syntax in NATIVE
+    expected = header.rows * header.columns * 2 if native else None
+    if header.pixels.length != expected:
+        given, right = ("an undefined number of" if n is None else n for n in (header.pixels.length, expected))
+        raise Refusal(
+            "PIXEL_LENGTH",
+            f"{header.label}: Pixel Data (7FE0,0010) has {given} bytes, {header.rows} rows of {header.columns} "
+            f"{'uncompressed' if native else 'compressed'} pixels have {right}; copy or export it again",
+        )
+
+
+def _format_problems(header: Header) -> list[str]:
+    problems = []
+    if header.samples_per_pixel != 1:
+        problems.append(f"{header.samples_per_pixel} samples per pixel (0028,0002) instead of 1")
+    if header.photometric_interpretation not in ("MONOCHROME1", "MONOCHROME2"):
+        problems.append("Photometric Interpretation (0028,0004) is neither MONOCHROME1 nor MONOCHROME2")
+    if header.bits_allocated != 16:
+        problems.append(f"{header.bits_allocated} Bits Allocated (0028,0100) instead of 16")
+    if not 1 <= header.bits_stored <= 16 or header.high_bit != header.bits_stored - 1:
+        bits = f"{header.bits_stored} Bits Stored (0028,0101) with High Bit (0028,0102) {header.high_bit}"
+        problems.append(f"{bits} make no 16-bit integer")
+    if header.pixel_representation not in (0, 1):
+        problems.append("Pixel Representation (0028,0103) is neither 0 nor 1")
+    if not (header.rows and header.columns):
+        problems.append(f"{header.rows} rows (0028,0010) and {header.columns} columns (0028,0011)")
+    return problems
+
+
+def check_rescale(header: Header) -> None:
+    """Hounsfield units need a slope and an intercept that make sense.
+
+    Raises:
+        Refusal: ``MISSING_RESCALE``, ``BAD_RESCALE`` or ``NOT_HU``.
+    """
+    slope, intercept = header.rescale_slope, header.rescale_intercept
+    if slope is None or intercept is None:
+        missing = "Slope (0028,1053)" if slope is None else "Intercept (0028,1052)"
+        raise Refusal("MISSING_RESCALE", f"{header.label} has no Rescale {missing}; export the original CT images")
+    if not (MIN_SLOPE <= abs(slope) <= MAX_SLOPE and abs(intercept) <= MAX_INTERCEPT):  # NaN fails both
+        raise Refusal(
+            "BAD_RESCALE",
+            f"{header.label}: Rescale Slope (0028,1053) {slope:g} and Intercept (0028,1052) {intercept:g} give no "
+            "Hounsfield units; export the original CT images",
+        )
+    if header.rescale_type not in ("", "HU", "US"):  # US: unspecified, which some scanners write for HU
+        raise Refusal("NOT_HU", f"{header.label}: Rescale Type (0028,1054) is not HU; leave this series out")
+
+
+def read_hu(header: Header) -> Int16[np.ndarray, "h w"]:
+    """Read one slice: decoded, rescaled in float32, rounded once, clipped to int16.
+
+    Raises:
+        Refusal: as :func:`check_pixel_format`, :func:`check_rescale` and :func:`read_stored`.
+    """
+    check_pixel_format(header)
+    check_rescale(header)
+    hu = read_stored(header).astype(np.float32)
+    hu *= np.float32(header.rescale_slope)
+    hu += np.float32(header.rescale_intercept)
+    np.rint(hu, out=hu)
+    return np.clip(hu, INT16.min, INT16.max, out=hu).astype(np.int16)
+
+
+def read_stored(header: Header) -> Integer[np.ndarray, "h w"]:
+    """The stored values of one slice whose format was checked.
+
+    Raises:
+        Refusal: ``UNREADABLE``, ``TRUNCATED`` or ``DECODE_FAILED``.
+    """
+    if header.pixels is None:
+        raise ValueError("the header has no pixels; check_pixel_format comes first")
+    body = open_body(header.source)
+    with body.file:
+        body.file.seek(header.pixels.offset)
+        if header.transfer_syntax in NATIVE:
+            length = header.rows * header.columns * 2
+            data = body.file.read(length)
+            if len(data) != length:
+                raise Refusal("TRUNCATED", f"{header.label} became shorter while it was read; copy it again")
+            raw = np.frombuffer(data, "<u2" if body.little_endian else ">u2").astype(np.uint16)
+            raw, precision = raw.reshape(header.rows, header.columns), header.bits_stored
+        else:
+            frame = _read_frame(header, body.file)
+            try:
+                raw, precision = _decode(header, frame)
+            except Refusal:
+                raise
+            except Exception as error:  # a decoder raises whatever broken bytes drive it into
+                detail = f"the compressed pixels are damaged ({type(error).__name__}); copy or export it again"
+                raise Refusal("DECODE_FAILED", f"{header.label}: {detail}") from error
+    # The bits above the precision may hold anything: an overlay, or the wrong sign.
+    spare = np.uint16(16 - precision)
+    raw = raw << spare
+    return raw.view(np.int16) >> spare.astype(np.int16) if header.pixel_representation == 1 else raw >> spare
+
+
+def _read_frame(header: Header, file: File) -> bytes:
+    """The only frame of compressed Pixel Data: all fragments behind the offset table (DICOM PS3.5 A.4)."""
+    fragments = []
+    while (tag := file.read(4)) == ITEM:
+        length = int.from_bytes(file.read(4), "little")
+        fragments.append(file.read(length))
+    if tag != SEQUENCE_DELIMITER or len(fragments) < 2:
+        raise Refusal(
+            "DECODE_FAILED", f"{header.label}: Pixel Data (7FE0,0010) holds no frame; copy or export it again"
+        )
+    return b"".join(fragments[1:])
+
+
+def _decode(header: Header, frame: bytes) -> tuple[UInt16[np.ndarray, "h w"], int]:
+    """The decoded values as unsigned bits, and how many of the bits count."""
+    shape = (header.rows, header.columns)
+    if header.transfer_syntax in JPEG_LS:
+        coded, info = jpeg_ls.decode_pixel_data(frame)
+        precision = int(info["bits_per_sample"])
+        _check_shape(header, info["height"], info["width"], info["components"])
+    elif header.transfer_syntax in JPEG_2000:
+        info = get_parameters(frame)
+        precision = int(info["precision"])
+        _check_shape(header, info["rows"], info["columns"], info["samples_per_pixel"])
+        coded = decode_pixel_data(frame, version=2)
+    else:
+        return _decode_rle(frame, header.rows * header.columns).reshape(shape), header.bits_stored
+    if not 1 <= precision <= 16:
+        raise ValueError(f"{precision} bits")
+    return np.frombuffer(coded, np.uint8 if precision <= 8 else "<u2").astype(np.uint16).reshape(shape), precision
+
+
+def _decode_rle(frame: bytes, count: int) -> UInt16[np.ndarray, " n"]:
+    """A run-length coded frame of 16 bits (DICOM PS3.5 G): all high bytes, then all low bytes.
+
+    Unlike common decoders it refuses what decodes to too many bytes, as damaged data does; only zeros may follow.
+    """
+    num_segments, *offsets = np.frombuffer(frame[:64], "<u4").tolist()
+    if num_segments != 2:
+        raise ValueError(f"{num_segments} segments")
+    bounds = (offsets[0], offsets[1], len(frame))
+    high, low = (_unpack_bits(frame[start:stop], count) for start, stop in pairwise(bounds))
+    return (np.frombuffer(high, np.uint8).astype(np.uint16) << 8) | np.frombuffer(low, np.uint8)
+
+
+def _unpack_bits(segment: bytes, count: int) -> bytearray:
+    values = bytearray()
+    at = 0
+    while len(values) < count:
+        control = segment[at]
+        if control < 128:
+            values += segment[at + 1 : at + 2 + control]
+            at += 2 + control
+        elif control > 128:
+            values += segment[at + 1 : at + 2] * (257 - control)
+            at += 2
+        else:
+            at += 1
+    if len(values) != count or any(segment[at:]):
+        raise ValueError("a segment decodes to another number of bytes")
+    return values
+
+
+def _check_shape(header: Header, rows: Any, columns: Any, samples: Any) -> None:
+    """What is decoded is the size inside the code stream; it must be the header's."""
+    if (rows, columns, samples) != (header.rows, header.columns, 1):
+        raise Refusal(
+            "DECODE_FAILED",
+            f"{header.label}: the compressed pixels have {rows} rows, {columns} columns and {samples} samples, the "
+            f"header says {header.rows}, {header.columns} and 1; export it again",
+        )

@@ -1,0 +1,130 @@
+"""The files of one CT series to a volume in Hounsfield units with the right geometry, or a named refusal."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Float
+
+from mp3d.data.dicom.header import Header
+from mp3d.data.dicom.listing import SeriesFiles
+from mp3d.data.dicom.pixels import check_pixel_format, check_rescale, read_hu
+from mp3d.data.geometry import (
+    DIRECTION_TOLERANCE,
+    POSITION_TOLERANCE_MM,
+    check_pixel_spacing,
+    direction_cosines,
+    same_positions,
+    stack_affine,
+)
+from mp3d.data.series import Volume
+from mp3d.errors import Refusal
+
+MAX_VOLUME_BYTES = 4 * 2**30
+"""Of the int16 volume: 2,000 slices of 1024 x 1024."""
+PIXEL_SPACING_TOLERANCE = 1e-3
+"""Pixel spacings of one stack agree to this share."""
+TILT_TOLERANCE_DEG = 0.1
+
+
+def load_volume(series: SeriesFiles) -> tuple[Volume, tuple[str, ...], tuple[str, ...]]:
+    """Order, check and decode a series, slice by slice into one array.
+
+    Returns:
+        The volume, its slices ascending along the normal (row cosines x column cosines); the SOP Instance UID of each
+        slice; warning codes.
+
+    Raises:
+        Refusal: the series is no regular stack in Hounsfield units; the detail names slice, tag and what to do.
+    """
+    _check_alike(series.slices)
+    for header in series.slices:
+        check_pixel_format(header)
+        check_rescale(header)
+    first = series.slices[0]
+    if len(series.slices) * first.rows * first.columns * 2 > MAX_VOLUME_BYTES:
+        size = f"{len(series.slices)} slices of {first.rows} x {first.columns} pixels"
+        raise Refusal("TOO_LARGE", f"{size} exceed {MAX_VOLUME_BYTES >> 30} GiB; split the series")
+    orientation = np.mean([header.image_orientation_patient for header in series.slices], axis=0)
+    directions = direction_cosines(orientation.tolist(), first.label)
+    slices, num_duplicates = _ordered(series.slices, directions)
+    affine = stack_affine(
+        np.array([header.image_position_patient for header in slices]),
+        directions,
+        first.pixel_spacing_yx_mm,
+        [f"slice {number} of {len(slices)} ({header.label})" for number, header in enumerate(slices, 1)],
+    )
+    hu = np.empty((len(slices), first.rows, first.columns), np.int16)
+    for z, header in enumerate(slices):
+        hu[z] = read_hu(header)
+    warnings = [*series.warnings]
+    if num_duplicates:
+        warnings.append("DUPLICATE_DROPPED")
+    if np.argmax(np.abs(directions[:, 2])) != 2:
+        warnings.append("NOT_AXIAL")
+    axial = abs(directions[2, 2]) > np.cos(np.radians(TILT_TOLERANCE_DEG))
+    if axial and abs(first.gantry_tilt_deg or 0.0) > TILT_TOLERANCE_DEG:
+        warnings.append("TILT_TAG_IGNORED")
+    return Volume(hu=hu, affine=affine), tuple(header.sop_instance_uid for header in slices), tuple(warnings)
+
+
+def _check_alike(slices: Sequence[Header]) -> None:
+    """Complete geometry, and one size, pixel spacing and orientation."""
+    first = slices[0]
+    for header in slices:
+        _check_geometry(header)
+        if (header.rows, header.columns) != (first.rows, first.columns):
+            raise Refusal(
+                "MIXED_SIZE",
+                f"{header.label} has {header.rows} x {header.columns} pixels (0028,0010 and 0028,0011), "
+                f"{first.label} {first.rows} x {first.columns}; export each stack as a series of its own",
+            )
+        spacings = np.array([header.pixel_spacing_yx_mm, first.pixel_spacing_yx_mm])
+        if not np.allclose(*spacings, rtol=PIXEL_SPACING_TOLERANCE, atol=0):
+            mine, others = (f"{y:g} x {x:g} mm" for y, x in spacings)
+            raise Refusal(
+                "MIXED_SPACING",
+                f"{header.label} has Pixel Spacing (0028,0030) {mine}, {first.label} {others}; "
+                "export each stack as a series of its own",
+            )
+        orientations = np.array([header.image_orientation_patient, first.image_orientation_patient])
+        if not np.allclose(*orientations, rtol=0, atol=DIRECTION_TOLERANCE):
+            raise Refusal(
+                "MIXED_ORIENTATION",
+                f"{header.label} has another Image Orientation (Patient) (0020,0037) than {first.label}; "
+                "export each stack as a series of its own",
+            )
+
+
+def _check_geometry(header: Header) -> None:
+    for keyword, value in (
+        ("Image Position (Patient) (0020,0032)", header.image_position_patient),
+        ("Image Orientation (Patient) (0020,0037)", header.image_orientation_patient),
+        ("Pixel Spacing (0028,0030)", header.pixel_spacing_yx_mm),
+    ):
+        if not value:
+            raise Refusal("MISSING_GEOMETRY", f"{header.label} has no {keyword}; export the original CT images")
+    if not np.isfinite(header.image_position_patient).all():
+        raise Refusal("BAD_GEOMETRY", f"{header.label}: Image Position (Patient) (0020,0032) is not finite")
+    direction_cosines(header.image_orientation_patient, header.label)
+    check_pixel_spacing(header.pixel_spacing_yx_mm, header.label)
+
+
+def _ordered(slices: Sequence[Header], directions: Float[np.ndarray, "3 3"]) -> tuple[list[Header], int]:
+    """Ascending along the normal, each position once; the number of slices dropped because they were there twice."""
+    distances = np.array([header.image_position_patient for header in slices]) @ directions[:, 2]
+    order = np.argsort(distances, kind="stable")
+    ordered = [slices[index] for index in order]
+    twice: set[int] = set()
+    for first, *others in same_positions(distances[order]):
+        kept, hu = ordered[first], read_hu(ordered[first])
+        for index in others:
+            other = ordered[index]
+            aside = np.abs(np.subtract(kept.image_position_patient, other.image_position_patient)).max()
+            if aside > POSITION_TOLERANCE_MM or not np.array_equal(hu, read_hu(other)):
+                raise Refusal(
+                    "DUPLICATE_SLICE",
+                    f"{kept.label} and {other.label} lie in one plane (0020,0032) and are not the same image; export "
+                    "each acquisition as a series of its own",
+                )
+            twice.add(index)
+    return [header for index, header in enumerate(ordered) if index not in twice], len(twice)

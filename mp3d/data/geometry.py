@@ -1,0 +1,178 @@
+"""The geometry gate: slice positions and orientations to the affine of a regular stack, or a named refusal.
+
+Series readers without it accept gaps, duplicates and tilt silently. All coordinates are LPS millimetres.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from mp3d.errors import Refusal
+
+POSITION_TOLERANCE_MM = 0.05
+"""A slice may lie this far from its place on the regular grid: scanners write positions with two or three decimals."""
+POSITION_TOLERANCE = 0.01
+"""... or this share of the slice spacing, whichever is more."""
+DIRECTION_TOLERANCE = 1e-3
+"""Direction cosines may differ by this much: some scanners write them with three decimals."""
+UNIT_TOLERANCE = 0.01
+"""Cosines further from orthonormal than this are no rounding."""
+MAX_PIXEL_SPACING_MM = 10.0
+MAX_SLICE_SPACING_MM = 50.0
+MIN_SLICES = 3
+"""With fewer there is no second gap to compare a gap with, so a missing slice cannot be seen."""
+
+
+def check_pixel_spacing(spacing_yx_mm: Sequence[float], label: str) -> None:
+    """Refuse an in-plane spacing that is not finite, not positive or above 10 mm.
+
+    Raises:
+        Refusal: ``BAD_SPACING``.
+    """
+    if not all(np.isfinite(value) and 0 < value <= MAX_PIXEL_SPACING_MM for value in spacing_yx_mm):
+        shown = " x ".join(f"{value:g}" for value in spacing_yx_mm)
+        rule = f"above 0 and at most {MAX_PIXEL_SPACING_MM:g} mm"
+        raise Refusal("BAD_SPACING", f"{label}: the pixel spacing is {shown} mm; it must be {rule}; export it again")
+
+
+def check_slice_spacing(spacing_mm: float) -> None:
+    """Refuse a distance between slices that is not finite, not positive or above 50 mm.
+
+    Raises:
+        Refusal: ``BAD_SPACING``.
+    """
+    if not (np.isfinite(spacing_mm) and 0 < spacing_mm <= MAX_SLICE_SPACING_MM):
+        rule = f"above 0 and at most {MAX_SLICE_SPACING_MM:g} mm"
+        raise Refusal("BAD_SPACING", f"the slices are {spacing_mm:g} mm apart; it must be {rule}; export them again")
+
+
+def direction_cosines(orientation: Sequence[float], label: str) -> Float[np.ndarray, "3 3"]:
+    """Columns: direction of rising column index, of rising row index, and their cross product, the slice normal.
+
+    Args:
+        orientation: Image Orientation (Patient): cosines of a row (x, y, z), then of a column.
+
+    Raises:
+        Refusal: ``BAD_GEOMETRY``.
+    """
+    along_row, along_column = np.asarray(orientation, np.float64).reshape(2, 3)
+    lengths = np.linalg.norm([along_row, along_column], axis=1)
+    with np.errstate(all="ignore"):
+        off = max(np.abs(lengths - 1).max(), abs(along_row @ along_column))
+    if not off <= UNIT_TOLERANCE:  # also true of NaN
+        detail = "Image Orientation (Patient) (0020,0037) is no pair of orthogonal unit vectors"
+        raise Refusal("BAD_GEOMETRY", f"{label}: {detail}; export the original CT images")
+    along_row = along_row / lengths[0]
+    along_column = along_column - (along_column @ along_row) * along_row
+    along_column /= np.linalg.norm(along_column)
+    return np.stack([along_row, along_column, np.cross(along_row, along_column)], axis=1)
+
+
+def same_positions(distances: Float[np.ndarray, " n"]) -> list[list[int]]:
+    """Groups of two and more slices at one place, as indices into the ascending distances along the normal."""
+    breaks = np.flatnonzero(np.diff(distances) > POSITION_TOLERANCE_MM) + 1
+    return [group.tolist() for group in np.split(np.arange(len(distances)), breaks) if len(group) > 1]
+
+
+def stack_affine(
+    positions: Float[np.ndarray, "n 3"],
+    directions: Float[np.ndarray, "3 3"],
+    spacing_yx_mm: Sequence[float],
+    labels: Sequence[str],
+) -> Float[np.ndarray, "4 4"]:
+    """Affine of slices that are in ascending order along the normal: (column, row, slice, 1) to LPS mm.
+
+    Origin and slice step are the least squares fit to all positions.
+
+    Args:
+        positions: centre of each slice's first pixel.
+        directions: as :func:`direction_cosines` gives them.
+        labels: how messages call each slice.
+
+    Raises:
+        Refusal: ``TOO_FEW_SLICES``, ``BAD_SPACING``, ``GANTRY_TILT``, ``SHIFTED_SLICE``, ``MISSING_SLICE`` or
+            ``UNEVEN_SPACING``.
+    """
+    if len(positions) < MIN_SLICES:
+        detail = f"{len(positions)} slices, {MIN_SLICES} are needed to see that none is missing"
+        raise Refusal("TOO_FEW_SLICES", f"{detail}; fetch the whole series")
+    distances = (positions - positions[0]) @ directions[:, 2]
+    steps = np.diff(distances)
+    check_slice_spacing(float(np.median(steps)))
+    _check_perpendicular(positions, directions, distances, labels)
+    _check_even(distances, steps, labels)
+    origin, step = _fitted_line(positions)
+    affine = np.eye(4)
+    affine[:3, 0] = directions[:, 0] * spacing_yx_mm[1]
+    affine[:3, 1] = directions[:, 1] * spacing_yx_mm[0]
+    affine[:3, 2] = step
+    affine[:3, 3] = origin
+    return np.round(affine, 9) + 0.0  # below a picometre it is noise of the fit; no negative zeros
+
+
+def _fitted_line(values: Float[np.ndarray, "n k"]) -> tuple[Float[np.ndarray, " k"], Float[np.ndarray, " k"]]:
+    """Least squares line through values at 0, 1, 2, ...: its value at 0 and its step."""
+    index = np.arange(len(values)) - (len(values) - 1) / 2
+    step = index @ values / (index @ index)
+    return values.mean(axis=0) + index[0] * step, step
+
+
+def _tolerance_mm(spacing_mm: float) -> float:
+    return max(POSITION_TOLERANCE_MM, POSITION_TOLERANCE * spacing_mm)
+
+
+def _check_perpendicular(
+    positions: Float[np.ndarray, "n 3"],
+    directions: Float[np.ndarray, "3 3"],
+    distances: Float[np.ndarray, " n"],
+    labels: Sequence[str],
+) -> None:
+    """Slices must lie above one another along the normal, not beside."""
+    sideways = (positions - positions[0]) @ directions[:, :2]
+    allowed = _tolerance_mm(float(np.median(np.diff(distances)))) + DIRECTION_TOLERANCE * distances
+    off = np.linalg.norm(sideways, axis=1)
+    if (off <= allowed).all():
+        return
+    slope = distances @ sideways / (distances @ distances)  # mm sideways for each mm along the normal, through slice 0
+    rest = np.linalg.norm(sideways - np.outer(distances, slope), axis=1)
+    if (rest <= allowed).all():
+        angle = np.degrees(np.arctan(np.linalg.norm(slope)))
+        raise Refusal(
+            "GANTRY_TILT",
+            f"the slice positions (0020,0032) run {angle:.1f} degrees off the slice normal (0020,0037): the stack is "
+            "sheared; correct the tilt before, or leave the series out",
+        )
+    worst = int(np.argmax(off - allowed))
+    raise Refusal(
+        "SHIFTED_SLICE",
+        f"{labels[worst]} lies {off[worst]:.2f} mm sideways of the first slice (0020,0032), allowed are "
+        f"{allowed[worst]:.2f} mm; export each reconstruction as a series of its own",
+    )
+
+
+def _check_even(distances: Float[np.ndarray, " n"], steps: Float[np.ndarray, " n-1"], labels: Sequence[str]) -> None:
+    """Every step near the median step, and every slice near its place on the fitted grid: steps must not drift."""
+    spacing = float(np.median(steps))
+    allowed = _tolerance_mm(spacing)
+    uneven: Int[np.ndarray, " m"] = np.flatnonzero(np.abs(steps - spacing) > allowed)
+    if len(uneven):
+        first = int(uneven[0])
+        multiples = np.rint(steps[uneven] / spacing)
+        text = (
+            f"from {labels[first]} to {labels[first + 1]} the step is {steps[first]:.3f} mm, the median step "
+            f"{spacing:.3f} mm (allowed: {allowed:.3f} mm more or less; {len(uneven)} of {len(steps)} steps are off)"
+        )
+        if (multiples >= 2).all() and (np.abs(steps[uneven] - multiples * spacing) <= multiples * allowed).all():
+            missing = int((multiples - 1).sum())
+            raise Refusal("MISSING_SLICE", f"{text}; {missing} missing in all; fetch the series again")
+        raise Refusal("UNEVEN_SPACING", f"{text}; export each stack as a series of its own")
+    start, step = _fitted_line(distances[:, None])
+    off = np.abs(distances - (start + np.arange(len(distances)) * step))
+    if off.max() > allowed:
+        worst = int(np.argmax(off))
+        raise Refusal(
+            "UNEVEN_SPACING",
+            f"{labels[worst]} lies {off[worst]:.3f} mm from its place on a regular grid, allowed are {allowed:.3f} mm: "
+            "the spacing drifts; export each stack as a series of its own",
+        )

@@ -1,0 +1,142 @@
+"""Folders of NIfTI volumes with masks, in any orientation.
+
+Axes are permuted and flipped, never resampled, until columns run most nearly to the patient's left (+x), rows to
+posterior (+y) and slices to superior (+z), as in an axial DICOM series. An oblique rest stays in the affine.
+"""
+
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import UInt8
+
+from mp3d.data.files import walk
+from mp3d.data.geometry import MIN_SLICES, check_pixel_spacing, check_slice_spacing
+from mp3d.data.masks import boxes_from_mask
+from mp3d.data.nifti_file import read_nifti_file
+from mp3d.data.series import CTSeries, Truth, Volume
+from mp3d.data.source import Item, Source
+from mp3d.errors import ConfigError, Refusal
+
+GRID_TOLERANCE_MM = 1e-2
+"""Corners of image and mask may lie this far apart."""
+MAX_CLASSES = 255
+"""The stored mask has a byte per pixel."""
+READER = "nifti/1"
+_INT16 = np.iinfo(np.int16)
+
+
+def read_nifti(
+    root: Path,
+    image: str = "CT_image.nii.gz",
+    mask: str | None = "CT_mask.nii.gz",
+    class_names: tuple[str, ...] = ("lesion",),
+    dataset: str = "nifti",
+) -> Source:
+    """CT volumes in NIfTI, one folder each, with a mask beside the image.
+
+    A folder's name stands for the patient. A volume with a mask was searched: slices without a label hold nothing.
+
+    Args:
+        root: folder, searched through all subfolders; links are followed.
+        image: file name of the image, ``*`` and ``?`` allowed; must match once in a folder.
+        mask: file name of the mask; None: there are none, and nobody looked.
+        class_names: what the values 1, 2, ... of the mask stand for.
+        dataset: name of the data set.
+
+    Raises:
+        ConfigError: no file name, or more classes than a byte holds.
+    """
+    if not image:
+        raise ConfigError("image is empty; give the file name of the images, such as CT_image.nii.gz")
+    if not 1 <= len(class_names) <= MAX_CLASSES:
+        raise ConfigError(f"{len(class_names)} class names; 1 to {MAX_CLASSES} are possible")
+    root = root.absolute()
+    folders: dict[Path, list[Path]] = {}
+    for path in walk(root):
+        folders.setdefault(path.parent, []).append(path)
+    items: list[Item] = []
+    refused: list[tuple[str, Refusal]] = []
+    for folder, paths in folders.items():
+        images = [path for path in paths if path.match(image)]
+        masks = [path for path in paths if mask and path.match(mask) and path not in images]
+        for path in images:
+            key = path.relative_to(root).as_posix()
+            if mask and (len(images), len(masks)) != (1, 1):
+                detail = f"{len(images)} images and {len(masks)} masks in this folder; there must be one of each"
+                refused.append((key, Refusal("MISSING_MASK", f"{detail}, or read the images without masks")))
+                continue
+            load = partial(load_pair, path, masks[0] if masks else None, folder.name, key, len(class_names))
+            items.append(Item(key=key, patient=folder.name, split=None, load=load))
+    return Source(
+        dataset=dataset,
+        reader=READER,
+        class_names=class_names,
+        items=tuple(items),
+        refused=tuple(refused),
+        options={"image": image, "mask": mask},
+    )
+
+
+def load_pair(image: Path, mask: Path | None, patient: str, key: str, num_classes: int) -> CTSeries:
+    """Read one volume and its mask.
+
+    Raises:
+        Refusal: as :func:`load_image` and :func:`load_mask`.
+    """
+    volume, warnings = load_image(image)
+    truths = tuple(Truth() for _ in volume.hu)
+    if mask is not None:
+        labels = load_mask(mask, volume, num_classes)
+        truths = tuple(Truth(*boxes_from_mask(plane), mask=plane) for plane in labels)
+    return CTSeries(patient, patient, key, volume, truths, warnings=warnings)
+
+
+def load_image(path: Path) -> tuple[Volume, tuple[str, ...]]:
+    """A CT volume in HU, rounded and clipped to int16, in the axis order described above; warning codes.
+
+    Raises:
+        Refusal: as :func:`~mp3d.data.nifti_file.read_nifti_file`, ``BAD_SPACING`` or ``TOO_FEW_SLICES``.
+    """
+    image = read_nifti_file(path, "the image")
+    volume = Volume(hu=np.empty(image.stored.shape, np.int16), affine=image.affine)
+    z_spacing, *in_plane = volume.spacing_mm
+    check_pixel_spacing(in_plane, "the image")
+    check_slice_spacing(z_spacing)
+    if len(volume.hu) < MIN_SLICES:
+        raise Refusal("TOO_FEW_SLICES", f"the image has {len(volume.hu)} slices, at least {MIN_SLICES} are needed")
+    clipped = False
+    for z, hu in enumerate(volume.hu):
+        values = image.plane(z)
+        if not np.isfinite(values).all():
+            detail = f"slice {z + 1} of {len(volume.hu)} holds values that are not finite"
+            raise Refusal("BAD_IMAGE", f"{detail}; write the HU of air, -1000, where there is no data")
+        hu[...] = np.clip(np.rint(values), _INT16.min, _INT16.max)
+        clipped |= bool(values.min() < _INT16.min or values.max() > _INT16.max)
+    return volume, ("HU_CLIPPED",) if clipped else ()
+
+
+def load_mask(path: Path, volume: Volume, num_classes: int) -> UInt8[np.ndarray, "d h w"]:
+    """The mask of a volume, in its axis order.
+
+    Raises:
+        Refusal: as :func:`~mp3d.data.nifti_file.read_nifti_file`, ``MASK_MISMATCH`` or ``BAD_LABELS``.
+    """
+    image = read_nifti_file(path, "the mask")
+    if image.stored.shape != volume.hu.shape:
+        shapes = f"the mask has {image.stored.shape} voxels, the image {volume.hu.shape} (z, y, x)"
+        raise Refusal("MASK_MISMATCH", f"{shapes}; resample the mask onto the image")
+    corners = np.array(list(np.ndindex(2, 2, 2))) * volume.hu.shape[::-1]
+    shift = image.affine - volume.affine
+    off = np.abs(corners @ shift[:3, :3].T + shift[:3, 3]).max()
+    if off > GRID_TOLERANCE_MM:
+        raise Refusal("MASK_MISMATCH", f"mask and image lie up to {off:.2f} mm apart; resample the mask onto the image")
+    labels = np.empty(volume.hu.shape, np.uint8)
+    for z, plane in enumerate(labels):
+        values = image.plane(z)
+        strange = np.setdiff1d(values, np.arange(num_classes + 1))
+        if len(strange):
+            detail = f"the mask holds {strange[0]:g}, but its {num_classes} classes are 1 to {num_classes}"
+            raise Refusal("BAD_LABELS", f"{detail}; name its classes, or clear the mask")
+        plane[...] = values
+    return labels

@@ -1,0 +1,144 @@
+"""The work of one task of :mod:`mp3d.data.prepare`: a few items to one Parquet file and its sidecar."""
+
+import json
+import pickle
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from traceback import extract_tb
+from typing import Any
+
+from mp3d.data.series import CTSeries
+from mp3d.data.shard import (
+    Origin,
+    PartWriter,
+    Reject,
+    Row,
+    SeriesEntry,
+    count_rows,
+    entry_as_dict,
+    entry_from_dict,
+    hashed_id,
+    json_text,
+    picture_rows,
+    series_rows,
+    write_aside,
+)
+from mp3d.data.source import Item
+from mp3d.errors import DataError, Refusal
+
+Refused = Sequence[tuple[str, Refusal]]
+
+
+@dataclass(frozen=True)
+class Part:
+    """Items that share a Parquet file, and the split of each."""
+
+    index: int
+    items: tuple[Item, ...]
+    splits: tuple[str, ...]
+    folder: Path
+    origin: Origin
+
+    @property
+    def sidecar(self) -> Path:
+        return self.folder / f"part-{self.index:05d}.json"
+
+    @property
+    def parquet(self) -> Path:
+        return self.sidecar.with_suffix(".parquet")
+
+
+@dataclass(frozen=True)
+class PartReport:
+    """What the sidecar says of a finished part."""
+
+    file: dict[str, Any] | None
+    """Name, rows, bytes, sha256; None where every item was refused."""
+    entries: tuple[SeriesEntry, ...]
+    rejects: tuple[Reject, ...]
+
+    @property
+    def rows(self) -> int:
+        return sum(entry.num_rows for entry in self.entries)
+
+
+def prepare_part(part: Part) -> tuple[int, int]:
+    """Write the Parquet file, then the sidecar; returns the number of rows and of rejects."""
+    part.sidecar.unlink(missing_ok=True)
+    rejects: list[Reject] = []
+    with PartWriter(part.parquet) as writer:
+        for item, split in zip(part.items, part.splits, strict=True):
+            rows, warnings, refused = _load_rows(item, split, part.origin)
+            rejects += (Reject(hashed_id(key, part.origin.id_key), it.reason, it.detail) for key, it in refused)
+            if rows:
+                writer.append(rows, warnings)
+    if writer.file is None:
+        part.parquet.unlink(missing_ok=True)
+    content = {
+        "file": writer.file and asdict(writer.file),
+        "series": [entry_as_dict(entry) for entry in writer.entries],
+        "rejects": [asdict(reject) for reject in rejects],
+    }
+    write_aside(part.sidecar, json_text(content))
+    return sum(entry.num_rows for entry in writer.entries), len(rejects)
+
+
+def finished(part: Part) -> PartReport | None:
+    """The report of a complete part: its Parquet file has the size and, by its footer, the rows of the sidecar."""
+    try:
+        content = json.loads(part.sidecar.read_bytes())
+        file = content["file"]
+        if file and (part.parquet.stat().st_size != file["bytes"] or count_rows(part.parquet) != file["rows"]):
+            return None
+        return PartReport(
+            file=file,
+            entries=tuple(entry_from_dict(entry) for entry in content["series"]),
+            rejects=tuple(Reject(**reject) for reject in content["rejects"]),
+        )
+    except (OSError, ValueError, LookupError, TypeError, DataError):
+        return None  # not there, or damaged: it is simply written again
+
+
+def run_here(parts: Sequence[Part]) -> Iterator[tuple[int, int]]:
+    """Rows and rejects of part after part, in this process."""
+    return map(prepare_part, parts)
+
+
+def run_on_ray(parts: Sequence[Part]) -> Iterator[tuple[int, int]]:
+    """The same as Ray Data tasks, one CPU each; Ray, already initialised, repeats the parts of lost workers."""
+    if not parts:
+        return
+    import ray.data
+    from ray import cloudpickle
+
+    context = ray.data.DataContext.get_current().copy()
+    context.execution_options.preserve_order = True
+    context.enable_progress_bars = False  # the caller tells the progress, in rows and rejects
+    with ray.data.DataContext.current(context):
+        rows = [{"part": cloudpickle.dumps(part)} for part in parts]  # pyright: ignore[reportPrivateImportUsage]
+        reports = ray.data.from_items(rows, override_num_blocks=len(rows)).map(_prepare_pickled, num_cpus=1)
+        for report in reports.iter_rows():
+            yield report["rows"], report["rejects"]
+
+
+def _prepare_pickled(row: dict[str, Any]) -> dict[str, Any]:
+    rows, rejects = prepare_part(pickle.loads(row["part"]))
+    return {"rows": rows, "rejects": rejects}
+
+
+def _load_rows(item: Item, split: str, origin: Origin) -> tuple[list[Row], Sequence[str], Refused]:
+    """Rows, warnings and refusals of one item, whatever its reader does."""
+    try:
+        loaded = item.load()
+        if isinstance(loaded, CTSeries):
+            return series_rows(loaded, split, origin), loaded.warnings, ()
+        return picture_rows(loaded.pictures, split, origin), (), loaded.refused
+    except Refusal as refusal:
+        return [], (), [(item.key, refusal)]
+    except Exception as error:
+        # A reader, perhaps not ours, on strangers' files: one series must not stop the thousands after it. Its message
+        # is not kept, for it may name the patient; the place in the code is enough to find the defect.
+        place = extract_tb(error.__traceback__)[-1]
+        detail = f"{type(error).__name__} in {place.name} ({Path(place.filename).name} line {place.lineno})"
+        return [], (), [(item.key, Refusal("READER_FAILED", detail))]

@@ -1,0 +1,69 @@
+"""The closed list of reason codes: why a file or series was refused, and what was tolerated.
+
+Codes are stable: they stand in manifests, reports and the endpoint's answers. Every :class:`~mp3d.errors.Refusal` of a
+reader carries one of :data:`REASONS`, every warning of a series is one of :data:`WARNINGS`.
+"""
+
+REASONS: dict[str, str] = {
+    # files
+    "UNREADABLE": "The file cannot be opened or read. Check its permissions and the disk.",
+    "NOT_DICOM": "No DICOM file. Take it out of the folder, or export it again.",
+    "TRUNCATED": "The file ends too early. Copy or export it again.",
+    "BAD_HEADER": "An element of the header cannot be parsed. Export the file again.",
+    "TOO_LARGE": "Larger than any CT that is read here. Check rows, columns and number of slices.",
+    "NOT_CT": "Another modality, or a secondary capture without Hounsfield units. Leave it out.",
+    "MULTIFRAME_UNSUPPORTED": "Several frames in one object. Export the series as one file per slice.",
+    # pixels
+    "NO_PIXELS": "The file has no Pixel Data (7FE0,0010). Export it with its pixels.",
+    "PIXEL_LENGTH": "Pixel Data is shorter or longer than rows and columns ask for. Copy or export it again.",
+    "BAD_PIXEL_FORMAT": "Pixels are not one sample of 16 bits, as CT stores them. Export the original CT images.",
+    "UNSUPPORTED_TRANSFER_SYNTAX": "No decoder for this compression. Export uncompressed, RLE, JPEG-LS or JPEG 2000.",
+    "DECODE_FAILED": "The compressed pixels are damaged. Copy or export the file again.",
+    "MISSING_RESCALE": "No Rescale Slope or Intercept, so no Hounsfield units. Export the original CT images.",
+    "BAD_RESCALE": "Rescale Slope or Intercept is zero, not finite or absurd. Export the original CT images.",
+    "NOT_HU": "The values are something other than Hounsfield units, such as a material map. Leave the series out.",
+    # geometry
+    "MISSING_GEOMETRY": "Position, orientation or pixel spacing is missing. Export the original CT images.",
+    "BAD_GEOMETRY": "Position or orientation is not finite, or no pair of orthogonal unit vectors. Export it again.",
+    "BAD_SPACING": "A spacing is not finite, not positive or absurd. Check the export or the image's header.",
+    "LOCALIZER_ONLY": "Only localizer (scout) images. Choose the axial series.",
+    "MIXED_ORIENTATION": "Slices of several orientations in one series. Export each stack as a series of its own.",
+    "MIXED_SIZE": "Slices of several sizes in one series. Export each stack as a series of its own.",
+    "MIXED_SPACING": "Slices of several pixel spacings in one series. Export each stack as a series of its own.",
+    "TOO_FEW_SLICES": "Too few slices to see that none is missing. Fetch the whole series.",
+    "DUPLICATE_SLICE": "Different images at one position. Export each acquisition as a series of its own.",
+    "MISSING_SLICE": "A gap: one or more slices are missing. Fetch the series again.",
+    "UNEVEN_SPACING": "Slices are unevenly spaced. Export each stack as a series of its own, or resample it before.",
+    "GANTRY_TILT": "The stack is sheared by a tilted gantry. Correct the tilt before, or leave the series out.",
+    "SHIFTED_SLICE": "A slice is shifted sideways. Export each reconstruction as a series of its own.",
+    # volumes in other formats
+    "BAD_IMAGE": "The image cannot be read, or its values are not finite. Write it again.",
+    "NOT_3D": "No single 3D volume of one value per voxel. Write one volume per file.",
+    "UNKNOWN_ORIENTATION": "The image does not say how it lies in the patient. Write it with its orientation.",
+    # annotation
+    "MISSING_MASK": "Not exactly one mask beside the image. Add or name it, or read the images without masks.",
+    "MASK_MISMATCH": "The mask does not lie on the image's grid. Resample it onto the image.",
+    "BAD_LABELS": "A mask holds values that no class name stands for. Name the classes, or clear the mask.",
+    "BAD_STRUCTURE_SET": "The RT Structure Set cannot be read. Export it again.",
+    "CONTOUR_OFF_PLANE": "A contour does not lie on a slice. Draw or resample it on this series.",
+    # the program
+    "READER_FAILED": "A defect of the reader, not of the data. Report it with its text.",
+}
+"""Why a file or series is not used, and what to do."""
+
+WARNINGS: dict[str, str] = {
+    "LOCALIZER_DROPPED": "Localizer (scout) images inside the series were left out.",
+    "DUPLICATE_DROPPED": "Slices that were stored twice with the same pixels were used once.",
+    "BROKEN_FILE_DROPPED": "Broken files of this series were refused; the rest is a regular stack.",
+    "SPLIT_BY_ACQUISITION": "One series with several acquisitions of the same range was read as several.",
+    "EMPTY_SERIES_UID": "No Series Instance UID: grouped by folder, frame of reference, size and orientation.",
+    "UNKNOWN_PATIENT": "No Patient ID: the study, frame of reference or folder stands for the patient in splits.",
+    "TILT_TAG_IGNORED": "Gantry/Detector Tilt is not zero, but the slices lie straight above one another.",
+    "NOT_AXIAL": "The slices are nearer to coronal or sagittal than to axial.",
+    "HU_CLIPPED": "Values beyond the range of 16-bit integers were clipped.",
+    "ROI_NOT_FOUND": "The structure set of this series outlines no matching region; nobody searched its slices.",
+    "CONTOUR_OUTSIDE_DROPPED": "Contours above or below the slices at hand were left out.",
+    "BOX_CLIPPED": "A box reached beyond the image and was cut there.",
+    "BOX_DROPPED": "A box had no extent inside the image and was left out; its slice counts as not searched.",
+}
+"""What was tolerated in a series that is used."""

@@ -1,0 +1,46 @@
+"""Files that are complete or not there: written beside their place, then renamed."""
+
+import json
+import os
+from pathlib import Path
+from secrets import token_hex
+from typing import Any
+
+ASIDE_PATTERN = ".*.aside"
+"""What a killed writer may leave behind."""
+
+
+def create_aside(path: Path, mode: int = 0o666) -> Path:
+    """An empty file beside ``path``, with its permissions (less the umask) from the first moment on."""
+    temporary = path.with_name(f".{path.name}.{token_hex(4)}.aside")
+    os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, mode))
+    return temporary
+
+
+def commit_aside(temporary: Path, path: Path) -> None:
+    """Give the written file its name, once its content is on the disk."""
+    with temporary.open("rb") as file:
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def json_text(content: dict[str, Any]) -> str:
+    """JSON with sorted keys, and a line of its own for each element of a top-level list."""
+    fields = []
+    for name, value in sorted(content.items()):
+        text = json.dumps(value, sort_keys=True)
+        if isinstance(value, list) and value:
+            text = "[\n  " + ",\n  ".join(json.dumps(element, sort_keys=True) for element in value) + "\n ]"
+        fields.append(f" {json.dumps(name)}: {text}")
+    return "{\n" + ",\n".join(fields) + "\n}\n"
+
+
+def write_aside(path: Path, text: str, mode: int = 0o666) -> Path:
+    """Write or replace a whole text file."""
+    temporary = create_aside(path, mode)
+    try:
+        temporary.write_text(text)
+        commit_aside(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path

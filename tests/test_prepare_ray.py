@@ -1,0 +1,53 @@
+"""Ray Data and the plain loop write the same bytes."""
+
+import os
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from mp3d.data.pictures import read_picture_folders
+from mp3d.data.prepare import prepare
+from mp3d.data.source import Item, Source
+from tests.test_pictures import jpeg, write
+
+KEY = b"k" * 32
+
+
+def made_source(root: Path) -> Source:
+    """Seven batches of pictures, one of which has a broken picture, and an item whose reader fails."""
+    for i in range(70):
+        write(root / "train" / "ab"[i % 2] / f"{i}.jpg", jpeg(i)[: -60 if i == 13 else None])
+    source = read_picture_folders(root, pictures_per_item=10)
+    bad = Item("secret", "secret", "train", partial(os.listdir, root / "none"))  # type: ignore[arg-type]
+    return replace(source, items=(*source.items[:3], bad, *source.items[3:]))
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_cluster")
+def test_ray_and_local_runner_write_the_same_bytes(tmp_path):
+    source = made_source(tmp_path / "in")
+    told: list[tuple[int, ...]] = []
+    results = {
+        runner: prepare(
+            source,
+            tmp_path / runner,
+            id_key=KEY,
+            runner=runner,
+            items_per_part=2,
+            progress=lambda *numbers: told.append(numbers),
+        )
+        for runner in ("ray", "local")
+    }
+    contents = [{p.name: p.read_bytes() for p in (tmp_path / runner).iterdir()} for runner in ("ray", "local")]
+    assert contents[0] == contents[1]
+    assert {"plan.json", "manifest.json", "part-00003.json", "part-00003.parquet"} <= contents[0].keys()
+    assert [reject.reason for _, reject in results["ray"].rejects] == [r.reason for _, r in results["local"].rejects]
+    assert sorted(reject.reason for _, reject in results["ray"].rejects) == ["BAD_IMAGE", "READER_FAILED"]
+    assert told[:5] == told[5:]
+    assert told[4] == (4, 4, 69, 2)
+    # a part that is lost is made again, by the other runner, and nothing else is
+    (tmp_path / "ray" / "part-00002.parquet").unlink()
+    prepare(source, tmp_path / "ray", id_key=KEY, runner="local", items_per_part=2)
+    assert {p.name: p.read_bytes() for p in (tmp_path / "ray").iterdir()} == contents[0]
