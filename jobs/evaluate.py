@@ -14,6 +14,7 @@ from mp3d import cli
 from mp3d.checkpoint import open_checkpoint
 from mp3d.config import EvaluateConfig
 from mp3d.data.batches import Sample
+from mp3d.data.part import quiet_ray_data
 from mp3d.data.shard import open_shards
 from mp3d.evaluation import (
     ABLATIONS,
@@ -90,6 +91,7 @@ def predict_on_ray(
     import ray.data
 
     connect_ray()
+    quiet_ray_data()
     worker = worker_resources(config.cpus_per_worker, config.accelerator)
     check_resources([worker] * config.num_workers)
     tasks = [

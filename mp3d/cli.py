@@ -26,7 +26,7 @@ from mp3d.sweep import run_sweep, trials_table
 from mp3d.tracking import tracking_mode
 
 EXIT_CODES = """exit codes: 0 done · 1 defect · 2 wrong command or configuration · 3 unusable data or checkpoint ·
-4 missing resources · 130 interrupted"""
+4 missing resources · 5 prepared, more refused than allowed · 130 interrupted"""
 
 
 C = TypeVar("C", bound=Config)

@@ -304,4 +304,3 @@ class EvaluateConfig(Config):
     num_workers: PositiveInt = 1
     cpus_per_worker: PositiveFloat = 1.0
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"

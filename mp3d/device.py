@@ -49,6 +49,11 @@ def resolve_precision(precision: PrecisionName, device: torch.device) -> torch.d
             return torch.bfloat16 if _computes_in_bf16(device) else None
 
 
+def inference_dtype(trained_in: PrecisionName, device: torch.device) -> torch.dtype | None:
+    """A model answers in the precision that it was trained in, except that float16 becomes float32 on a CPU."""
+    return resolve_precision("fp32" if trained_in == "fp16" and device.type == "cpu" else trained_in, device)
+
+
 def autocast(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager:
     """Autocast to what :func:`resolve_precision` returned; does nothing for None."""
     return nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype)

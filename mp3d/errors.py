@@ -36,7 +36,7 @@ class ResourceError(Mp3dError):
 
 
 class Refusal(DataError):
-    """One series (or picture) that is not used, with a reason code of the closed list in ``mp3d.data.dicom.REASONS``.
+    """One series (or picture) that is not used, with a reason code of the closed list in ``mp3d.data.reasons.REASONS``.
 
     Args:
         reason: the code, UPPER_CASE, stable across versions.

@@ -20,7 +20,7 @@ from mp3d.checkpoint import Checkpoint, open_checkpoint
 from mp3d.config import EvaluateConfig
 from mp3d.data.batches import Batch, ClipDataset, Sample, SliceInfo, annotated_samples, evaluation_batches
 from mp3d.data.shard import ShardSet, decode_image, open_shards
-from mp3d.device import autocast, pick_device, resolve_precision
+from mp3d.device import autocast, inference_dtype, pick_device
 from mp3d.errors import ConfigError, DataError
 from mp3d.metrics.average_precision import average_precision
 from mp3d.metrics.froc import MP3D_PORT, FrocProtocol, FrocResult, froc
@@ -183,7 +183,7 @@ class KeySlicePredictor:
         self.clip = checkpoint.config.clip
         self.shards = open_shards(config.shards)
         self.device = pick_device(config.accelerator)
-        self.dtype = resolve_precision(config.precision, self.device)
+        self.dtype = inference_dtype(checkpoint.config.loop.precision, self.device)
         torch.manual_seed(checkpoint.config.loop.seed)
         self.model = build_model(checkpoint.config.model, self.clip).to(self.device)
         if variant != "without training":

@@ -5,6 +5,7 @@ can.
 import json
 import os
 import secrets
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ RAY_ENVIRONMENT = {
     "RAY_AUTH_MODE": "token",  # on by default for clusters that ray.init starts; then everything else must speak it too
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # workers use this environment instead of building their own
+    "RAY_COLOR_PREFIX": "0",
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # else every printed line comes twice
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "60",
@@ -41,9 +43,7 @@ def connect_ray(*, dashboard: bool = False, num_cpus: int | None = None) -> None
     Raises:
         ResourceError: no cluster answers at ``RAY_ADDRESS``.
     """
-    for name, value in RAY_ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
-    _ensure_token()
+    set_ray_environment()
     import ray
 
     if ray.is_initialized():
@@ -61,6 +61,15 @@ def connect_ray(*, dashboard: bool = False, num_cpus: int | None = None) -> None
         ray.init(
             address="local", num_cpus=num_cpus, include_dashboard=dashboard, object_store_memory=512 * 2**20, **quiet
         )
+
+
+def set_ray_environment() -> None:
+    """What Ray must find in the environment when it is imported; variables that are set already stay."""
+    if "ray" in sys.modules:  # it has read its environment; a half-changed one would only confuse it
+        return
+    for name, value in RAY_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    _ensure_token()
 
 
 def run_training(config: TrainConfig) -> Path:
@@ -176,7 +185,7 @@ def _train_here(config: TrainConfig, run_dir: Path) -> None:
 
 
 def _train_on_ray(config: TrainConfig, run_dir: Path, worker: dict[str, float]) -> None:
-    from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
+    from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.torch import TorchTrainer
 
     trainer = TorchTrainer(
@@ -190,6 +199,7 @@ def _train_on_ray(config: TrainConfig, run_dir: Path, worker: dict[str, float]) 
         run_config=RunConfig(
             name="ray",
             storage_path=str(run_dir),
+            logging_config=LoggingConfig(log_level="WARNING"),
             failure_config=FailureConfig(
                 max_failures=config.launch.max_failures, controller_failure_limit=CONTROLLER_FAILURES
             ),

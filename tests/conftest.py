@@ -1,34 +1,30 @@
-"""What the tests share: one Ray for the whole run, one tiny world, nothing of this machine's user."""
+"""What the tests share: one Ray for the whole run, and nothing of this machine's user."""
 
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-# before anything imports torch or Ray
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+from mp3d.launch import connect_ray, set_ray_environment
+
+# Keys and tokens of the tests live in a folder of their own. All of this before anything imports torch or Ray.
+_HOME = tempfile.TemporaryDirectory(prefix="mp3d-tests-")
+os.environ["MP3D_ID_KEY_FILE"] = str(Path(_HOME.name) / "id_key")
+os.environ["RAY_AUTH_TOKEN_PATH"] = str(Path(_HOME.name) / "auth_token")
 os.environ["WANDB_MODE"] = "disabled"
-os.environ.setdefault("MPLBACKEND", "agg")
-
-
-@pytest.fixture(autouse=True, scope="session")
-def private_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Keys and tokens of the tests live in a folder of their own."""
-    home = tmp_path_factory.mktemp("home")
-    os.environ["MP3D_ID_KEY_FILE"] = str(home / "id_key")
-    os.environ["RAY_AUTH_TOKEN_PATH"] = str(home / "auth_token")
-    return home
+os.environ["MPLBACKEND"] = "agg"
+for _name in ("RAY_ADDRESS", "RAY_AUTH_TOKEN", "MP3D_ROOT"):
+    os.environ.pop(_name, None)
+set_ray_environment()
 
 
 @pytest.fixture(scope="session")
-def ray_cluster(private_home: Path) -> Iterator[None]:
+def ray_cluster() -> Iterator[None]:
     """The one local Ray of the test run: two CPUs, a dashboard because Ray Train watches its runs through it."""
     import ray
 
-    from mp3d.launch import connect_ray
-
-    os.environ.pop("RAY_ADDRESS", None)
     connect_ray(dashboard=True, num_cpus=2)
     yield
     ray.shutdown()

@@ -1,7 +1,5 @@
 """Reading clips from shards, and the training stream as a pure function of the seed."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -38,7 +36,9 @@ def test_a_clip_is_the_slices_around_its_key_slice(ct: ShardSet):
     samples, _ = annotated_samples(ct, "train")
     clip, target, info = read_clip(ct, samples[0], CLIP)
     stored = [blob_series(i) for i in range(0, 8, 2)]
-    source = next(s for s in stored if torch.equal(torch.from_numpy(s.volume.hu[samples[0].row].copy()), clip.slices[4]))
+    source = next(
+        s for s in stored if torch.equal(torch.from_numpy(s.volume.hu[samples[0].row].copy()), clip.slices[4])
+    )
     assert clip.key_slices == (4,)
     np.testing.assert_array_equal(clip.slices, source.volume.hu[samples[0].row - 4 : samples[0].row + 5])
     x1, y1, x2, y2 = target["boxes"][0].int().tolist()
@@ -67,7 +67,7 @@ def test_pictures_come_as_planes_with_their_label(pictures: ShardSet):
 
 
 def test_pictures_do_not_fit_a_ct_clip(pictures: ShardSet):
-    with pytest.raises(DataError, match="set it to 3"):
+    with pytest.raises(DataError, match="num_slices to 3"):
         read_clip(pictures, picture_samples(pictures, "val")[0], CLIP)
 
 

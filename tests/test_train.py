@@ -112,8 +112,8 @@ def test_a_classifier_learns_and_its_backbone_starts_a_detector(
     assert "stage4" in said
     assert "re-initialised" in said
     source, moved = open_checkpoint(pretrained).model_state(), weights(run, 1)
-    name = next(name for name in source if name.endswith("stem.conv.weight"))
-    ours = next(key for key in moved if key.endswith("stem.conv.weight"))
+    name = next(name for name in source if name.endswith("stem.layers.0.conv.weight"))
+    ours = next(key for key in moved if key.endswith("stem.layers.0.conv.weight"))
     torch.testing.assert_close(moved[ours], source[name], atol=1e-6, rtol=0)
 
 

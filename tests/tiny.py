@@ -68,7 +68,9 @@ def ct_shards(out: Path, patients: int = 8) -> Path:
 
 
 def picture_shards(out: Path) -> Path:
-    items = [Item(split, split, split, partial(picture_batch, split, count)) for split, count in (("train", 24), ("val", 8))]
+    items = [
+        Item(split, split, split, partial(picture_batch, split, count)) for split, count in (("train", 24), ("val", 8))
+    ]
     prepare(Source("shades", "tiny/1", ("dark", "bright"), tuple(items)), out, id_key=ID_KEY, runner="local")
     return out
 

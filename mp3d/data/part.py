@@ -1,6 +1,7 @@
 """The work of one task of :mod:`mp3d.data.prepare`: a few items to one Parquet file and its sidecar."""
 
 import json
+import logging
 import pickle
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -112,6 +113,7 @@ def run_on_ray(parts: Sequence[Part]) -> Iterator[tuple[int, int]]:
     import ray.data
     from ray import cloudpickle
 
+    quiet_ray_data()
     context = ray.data.DataContext.get_current().copy()
     context.execution_options.preserve_order = True
     context.enable_progress_bars = False  # the caller tells the progress, in rows and rejects
@@ -120,6 +122,12 @@ def run_on_ray(parts: Sequence[Part]) -> Iterator[tuple[int, int]]:
         reports = ray.data.from_items(rows, override_num_blocks=len(rows)).map(_prepare_pickled, num_cpus=1)
         for report in reports.iter_rows():
             yield report["rows"], report["rejects"]
+
+
+def quiet_ray_data() -> None:
+    """Ray Data, already imported, keeps its plans and its remark on progress bars to its log files."""
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
 
 
 def _prepare_pickled(row: dict[str, Any]) -> dict[str, Any]:

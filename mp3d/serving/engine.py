@@ -1,0 +1,180 @@
+"""The bytes of a request to an answer, in one process; knows neither HTTP nor Ray."""
+
+import json
+import logging
+import traceback
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from hashlib import sha256
+from time import perf_counter
+
+from mp3d.checkpoint import Checkpoint
+from mp3d.config import ServeConfig
+from mp3d.data.dicom import Listing, SeriesFiles, group_series, load_volume
+from mp3d.data.series import Volume
+from mp3d.errors import Refusal
+from mp3d.predict import Finding, Predictor, detection_head
+from mp3d.serving.archive import unpack
+from mp3d.serving.schema import Answer, ErrorOut, FindingOut, ModelOut, ProtocolOut, Rejected
+
+MB = 2**20
+logger = logging.getLogger(__name__)
+
+
+class Engine:
+    """Unpack, read, detect.
+
+    Args:
+        predictor: finds the lesions.
+        model: what the answers say of the model.
+        config: limits and the default threshold.
+    """
+
+    def __init__(self, predictor: Predictor, model: ModelOut, config: ServeConfig) -> None:
+        self.predictor = predictor
+        self.model = model
+        self.config = config
+
+    def answer(
+        self, body: bytes, threshold: float | None = None, progress: Callable[[int, int], None] | None = None
+    ) -> Answer:
+        """
+        Args:
+            body: a zip that holds one CT series.
+            threshold: least score of a finding; None takes the config's.
+            progress: as in :meth:`Predictor.find_lesions`.
+
+        Raises:
+            Rejected: whatever is wrong with the request.
+        """
+        threshold = self.config.score_threshold if threshold is None else threshold
+        started = perf_counter()
+        series = read_series(body, self.config)
+        read = perf_counter()
+        findings = self.predictor.find_lesions(series.volume, threshold, progress=progress)
+        detected = perf_counter()
+
+        sent = findings[: self.config.max_findings]
+        return Answer(
+            findings=tuple(finding_out(finding, series.slice_uids) for finding in sent),
+            series_instance_uid=series.series_instance_uid,
+            num_slices=len(series.volume.hu),
+            spacing_mm=series.volume.spacing_mm,
+            threshold=threshold,
+            protocol=ProtocolOut(
+                num_slices=self.predictor.clip.num_slices,
+                slice_spacing_mm=self.predictor.clip.slice_spacing_mm,
+                nms_iou=self.predictor.nms_iou,
+            ),
+            model=self.model,
+            warnings=series.warnings + (("FINDINGS_CUT",) if len(sent) < len(findings) else ()),
+            read_s=round(read - started, 3),
+            detect_s=round(detected - read, 3),
+        )
+
+
+def answer_or_error(
+    engine: Engine, body: bytes, threshold: float | None, progress: Callable[[int, int], None] | None = None
+) -> Answer | ErrorOut:
+    """:meth:`Engine.answer` as a value, whatever happens.
+
+    What is no :class:`Rejected` is a defect. It is logged by place and type only, because its message may quote the
+    patient's data, and this is the only place that sees it.
+    """
+    try:
+        return engine.answer(body, threshold, progress)
+    except Rejected as error:
+        return ErrorOut(reason=error.reason, detail=error.detail)
+    except Exception as error:
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        logger.error("defect: %s at %s:%s in %s", type(error).__name__, place.filename, place.lineno, place.name)
+        return ErrorOut(reason="INTERNAL", detail=f"a defect of the endpoint ({type(error).__name__}); see its log")
+
+
+@dataclass(frozen=True, eq=False)
+class ReadSeries:
+    """A decoded series: ``slice_uids`` are the SOP Instance UIDs of its slices, ``warnings`` the codes of an answer."""
+
+    series_instance_uid: str
+    volume: Volume
+    slice_uids: tuple[str, ...]
+    warnings: tuple[str, ...]
+
+
+def read_series(body: bytes, config: ServeConfig) -> ReadSeries:
+    """The one CT series of a zip; the unpacked files are gone when this returns.
+
+    Raises:
+        Rejected: the zip, or what is in it, is not that.
+    """
+    files = unpack(body, max_files=config.max_slices, max_bytes=config.max_unpacked_mb * MB)
+    with silent_pydicom():
+        listing = group_series(files)
+        series = the_series(listing, len(files))
+        try:
+            volume, slice_uids, codes = load_volume(series)
+        except Refusal as refusal:
+            raise Rejected(refusal.reason, refusal.detail) from refusal
+    if listing.refused or listing.objects:
+        codes += ("FILES_IGNORED",)
+    return ReadSeries(series.series_instance_uid, volume, slice_uids, codes)
+
+
+@contextmanager
+def silent_pydicom() -> Iterator[None]:
+    """pydicom's warnings quote values of the header, a patient's name among them; they must not reach a log."""
+    pydicom = logging.getLogger("pydicom")
+    before = pydicom.disabled
+    pydicom.disabled = True
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        pydicom.disabled = before
+
+
+def the_series(listing: Listing, num_files: int) -> SeriesFiles:
+    """The one CT series of a listing.
+
+    Raises:
+        Rejected: ``NO_CT_SERIES``, with what was refused instead, or ``SEVERAL_SERIES``.
+    """
+    if len(listing.series) > 1:
+        raise Rejected(
+            "SEVERAL_SERIES",
+            f"the zip holds {len(listing.series)} CT series (or acquisitions, phases or reconstructions of one); "
+            "send one at a time",
+        )
+    if not listing.series:
+        counts = Counter(refusal.reason for _, refusal in listing.refused)
+        refused = ", ".join(f"{reason} {count} x" for reason, count in counts.most_common())
+        first = f"; first: {listing.refused[0][1].detail}" if listing.refused else ""
+        raise Rejected(
+            "NO_CT_SERIES", f"none of the {num_files} files is of a CT series (refused: {refused or 'none'}{first})"
+        )
+    return listing.series[0]
+
+
+def finding_out(finding: Finding, slice_uids: tuple[str, ...]) -> FindingOut:
+    return FindingOut(**asdict(finding), sop_instance_uid=slice_uids[finding.slice_index])
+
+
+def model_out(checkpoint: Checkpoint) -> ModelOut:
+    """What answers say of a checkpoint.
+
+    Raises:
+        CheckpointError: its model is no detector.
+    """
+    config = json.dumps(checkpoint.config.model_dump(mode="json"), sort_keys=True)
+    return ModelOut(
+        name=checkpoint.config.name,
+        digest=checkpoint.digest,
+        config_hash=sha256(config.encode()).hexdigest(),
+        epoch=checkpoint.epoch,
+        score=checkpoint.score,
+        num_classes=detection_head(checkpoint).num_classes,
+    )

@@ -1,0 +1,63 @@
+"""Which device and number format are chosen, whatever this machine is."""
+
+import pytest
+import torch
+
+from mp3d.device import autocast, inference_dtype, pick_device, resolve_precision
+from mp3d.errors import ConfigError, ResourceError
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+
+
+@pytest.mark.parametrize(("name", "has_gpu", "chosen"), [("auto", False, CPU), ("auto", True, GPU), ("cpu", True, CPU)])
+def test_device(monkeypatch: pytest.MonkeyPatch, name, has_gpu: bool, chosen: torch.device):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
+    assert pick_device(name) == chosen
+
+
+def test_missing_gpu_is_refused(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ResourceError, match="nvidia-smi"):
+        pick_device("gpu")
+
+
+@pytest.mark.parametrize(
+    ("precision", "device", "dtype"),
+    [("fp32", GPU, None), ("bf16", CPU, torch.bfloat16), ("fp16", GPU, torch.float16)],
+)
+def test_named_precision_is_taken(precision, device: torch.device, dtype: torch.dtype | None):
+    assert resolve_precision(precision, device) is dtype
+
+
+def test_fp16_on_a_cpu_is_refused_for_training_and_replaced_for_inference():
+    with pytest.raises(ConfigError, match="bf16 or fp32"):
+        resolve_precision("fp16", CPU)
+    assert inference_dtype("fp16", CPU) is None
+    assert inference_dtype("fp16", GPU) is torch.float16
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "dtype"),
+    [
+        ({"avx512_bf16": True}, torch.bfloat16),
+        ({"amx_bf16": True}, torch.bfloat16),
+        ({"avx512_f": True}, None),
+        ({}, None),
+    ],
+)
+def test_auto_is_bf16_where_the_cpu_multiplies_it(monkeypatch: pytest.MonkeyPatch, capabilities: dict, dtype):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    assert resolve_precision("auto", CPU) is dtype
+
+
+def test_auto_is_fp32_where_torch_cannot_tell(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    assert resolve_precision("auto", CPU) is None
+
+
+def test_autocast_computes_in_the_dtype():
+    x = torch.ones(4, 4)
+    with autocast(CPU, torch.bfloat16):
+        assert (x @ x).dtype is torch.bfloat16
+    with autocast(CPU, None):
+        assert (x @ x).dtype is torch.float32
