@@ -18,6 +18,7 @@ DIRECTION_TOLERANCE = 1e-3
 """Direction cosines may differ by this much: some scanners write them with three decimals."""
 UNIT_TOLERANCE = 0.01
 """Cosines further from orthonormal than this are no rounding."""
+MAX_POSITION_MM = 1e5
 MAX_PIXEL_SPACING_MM = 10.0
 MAX_SLICE_SPACING_MM = 50.0
 MIN_SLICES = 3
@@ -57,8 +58,8 @@ def direction_cosines(orientation: Sequence[float], label: str) -> Float[np.ndar
         Refusal: ``BAD_GEOMETRY``.
     """
     along_row, along_column = np.asarray(orientation, np.float64).reshape(2, 3)
-    lengths = np.linalg.norm([along_row, along_column], axis=1)
     with np.errstate(all="ignore"):
+        lengths = np.linalg.norm([along_row, along_column], axis=1)
         off = max(np.abs(lengths - 1).max(), abs(along_row @ along_column))
     if not off <= UNIT_TOLERANCE:  # also true of NaN
         detail = "Image Orientation (Patient) (0020,0037) is no pair of orthogonal unit vectors"

@@ -19,7 +19,8 @@ from jaxtyping import Float, Shaped
 
 from mp3d.errors import Refusal
 
-MAX_VOXELS = 2**30
+MAX_BYTES = 4 * 2**30
+"""Of the voxels as they are stored, unpacked: 1,000 slices of 1024 x 1024 floats."""
 MAX_TAIL_BYTES = 2**20
 """Some writers put a little behind the voxels."""
 ORTHOGONAL_TOLERANCE = 1e-3
@@ -61,8 +62,9 @@ class NiftiImage(NamedTuple):
     """Index (column, row, slice, 1) of a voxel's centre to LPS millimetres."""
 
     def plane(self, z: int) -> Float[np.ndarray, "h w"]:
-        """The values of one slice."""
-        return self.stored[z] * self.slope + self.intercept
+        """The values of one slice; not finite where they overflow."""
+        with np.errstate(all="ignore"):
+            return self.stored[z] * self.slope + self.intercept
 
 
 def read_nifti_file(path: Path, what: str) -> NiftiImage:
@@ -105,6 +107,9 @@ def _read(file: BufferedReader | gzip.GzipFile, what: str) -> NiftiImage:
         raise Refusal("BAD_IMAGE", f"the vox_offset of {what} is {offset:g}; write it again")
     file.read(int(offset) - header.dtype.itemsize)  # extensions
     num_bytes = math.prod(shape) * dtype.itemsize
+    if num_bytes > MAX_BYTES:
+        shown = " x ".join(map(str, shape))
+        raise Refusal("TOO_LARGE", f"{what} has {shown} voxels, more than {MAX_BYTES >> 30} GiB; crop or split it")
     data = file.read(num_bytes)
     if len(data) != num_bytes:
         raise Refusal("BAD_IMAGE", f"{what} has {len(data)} bytes of voxels instead of {num_bytes}; copy it again")
@@ -136,34 +141,30 @@ def _shape(header: np.void, what: str) -> tuple[int, int, int]:
     shown = " x ".join(map(str, lengths))
     if not 3 <= rank <= 7 or min(lengths) < 1 or any(length != 1 for length in lengths[3:]):
         raise Refusal("NOT_3D", f"{what} has {shown or 'no'} voxels; write one volume per file")
-    if math.prod(lengths) > MAX_VOXELS:
-        raise Refusal("TOO_LARGE", f"{what} has {shown} voxels, at most {MAX_VOXELS} are read")
     return lengths[0], lengths[1], lengths[2]
 
 
 def _affine(header: np.void, what: str) -> Float[np.ndarray, "4 4"]:
     """Of the file's axes; the sform where there is one, else the qform."""
-    affine = np.eye(4)
-    if header["sform"] > 0:
-        affine[:3] = header["rows"]
-    elif header["qform"] > 0:
-        affine[:3, :3] = _rotation(header["quaternion"].astype(np.float64)) * header["pixdim"][1:4]
-        if header["pixdim"][0] < 0:
-            affine[:3, 2] *= -1
-        affine[:3, 3] = header["origin"]
-    else:
+    if header["sform"] <= 0 and header["qform"] <= 0:
         raise Refusal("UNKNOWN_ORIENTATION", f"qform and sform code of {what} are 0; write it with its orientation")
     unit = int(header["units"]) & 7
     if unit not in _MILLIMETRES:
         raise Refusal("BAD_IMAGE", f"{what} has a unit of space (xyzt_units) {unit}; write it in millimetres")
-    affine[:3] *= _MILLIMETRES[unit]
+    affine = np.eye(4)
     with np.errstate(all="ignore"):
+        if header["sform"] > 0:
+            affine[:3] = header["rows"]
+        else:
+            affine[:3, :3] = _rotation(header["quaternion"].astype(np.float64)) * header["pixdim"][1:4]
+            affine[:3, 2] *= -1 if header["pixdim"][0] < 0 else 1
+            affine[:3, 3] = header["origin"]
+        affine[:3] *= _MILLIMETRES[unit]
         cosines = affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0)
         shear = np.abs(cosines.T @ cosines - np.eye(3)).max()
     if not (np.isfinite(affine).all() and shear <= ORTHOGONAL_TOLERANCE):  # NaN where an axis has no length
-        raise Refusal(
-            "BAD_IMAGE", f"the axes of {what} are not finite or not orthogonal; resample it on orthogonal axes"
-        )
+        detail = f"the axes of {what} are not finite or not orthogonal"
+        raise Refusal("BAD_IMAGE", f"{detail}; resample it on orthogonal axes")
     return np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine  # NIfTI's axes point right, anterior, superior
 
 

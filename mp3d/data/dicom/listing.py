@@ -115,8 +115,8 @@ def _series_key(header: Header) -> tuple:
     if header.series_instance_uid:
         return (header.series_instance_uid,)
     folder = PurePosixPath(header.name).parent
-    orientation = np.round(header.image_orientation_patient, 1) + 0.0
-    return (folder, header.frame_of_reference_uid, header.rows, header.columns, orientation.tobytes())
+    orientation = tuple(round(value, 1) + 0.0 for value in header.image_orientation_patient)
+    return (folder, header.frame_of_reference_uid, header.rows, header.columns, orientation)
 
 
 def _group(headers: list[Header]) -> tuple[list[SeriesFiles], list[tuple[str, Refusal]]]:

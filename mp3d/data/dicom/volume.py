@@ -10,6 +10,7 @@ from mp3d.data.dicom.listing import SeriesFiles
 from mp3d.data.dicom.pixels import check_pixel_format, check_rescale, read_hu
 from mp3d.data.geometry import (
     DIRECTION_TOLERANCE,
+    MAX_POSITION_MM,
     POSITION_TOLERANCE_MM,
     check_pixel_spacing,
     direction_cosines,
@@ -103,8 +104,9 @@ def _check_geometry(header: Header) -> None:
     ):
         if not value:
             raise Refusal("MISSING_GEOMETRY", f"{header.label} has no {keyword}; export the original CT images")
-    if not np.isfinite(header.image_position_patient).all():
-        raise Refusal("BAD_GEOMETRY", f"{header.label}: Image Position (Patient) (0020,0032) is not finite")
+    if not (np.abs(header.image_position_patient) <= MAX_POSITION_MM).all():  # also NaN
+        detail = f"Image Position (Patient) (0020,0032) is not finite or beyond {MAX_POSITION_MM:g} mm"
+        raise Refusal("BAD_GEOMETRY", f"{header.label}: {detail}; export the original CT images")
     direction_cosines(header.image_orientation_patient, header.label)
     check_pixel_spacing(header.pixel_spacing_yx_mm, header.label)
 

@@ -1,0 +1,126 @@
+"""Real CT in the shared data: sarcoma (NIfTI, DICOM, RTSTRUCT), LIDC, a tilted gantry, six transfer syntaxes."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mp3d.data.dicom import group_series, load_volume, read_header, read_hu
+from mp3d.data.dicom_folder import read_dicom
+from mp3d.data.nifti import load_image, load_mask, read_nifti
+from mp3d.data.series import CTSeries, Volume
+from mp3d.errors import Refusal
+
+SHARED = Path(os.environ.get("MP3D_SHARED_DATA", Path(__file__).parents[2] / "shared" / "data"))
+pytestmark = pytest.mark.skipif(not SHARED.is_dir(), reason=f"no shared data in {SHARED}")
+
+STS_VOXELS = {"STS_019": 5564, "STS_025": 9655, "STS_042": 11175}
+
+
+def only_series(folder: str) -> tuple[Volume, tuple[str, ...], tuple[str, ...]]:
+    return load_volume(*group_series(SHARED / folder).series)
+
+
+def masks(series: CTSeries) -> np.ndarray:
+    return np.stack([truth.mask for truth in series.truths if truth.mask is not None])
+
+
+class TestSarcoma:
+    def test_all_cases_as_nifti(self) -> None:
+        source = read_nifti(SHARED / "sts" / "nifti")
+        assert (len(source.items), source.refused) == (16, ())
+        series = next(item for item in source.items if item.patient == "STS_001").load()
+        assert isinstance(series, CTSeries)
+        assert series.volume.hu.shape == (59, 202, 198)
+        assert (series.volume.hu.min(), series.volume.hu.max()) == (-1000, 1397)
+        millilitres = masks(series).sum() * np.prod(series.volume.spacing_mm) / 1000
+        assert millilitres == pytest.approx(365.3, abs=0.1)
+
+    @pytest.mark.parametrize("patient", STS_VOXELS)
+    def test_dicom_with_rtstruct_equals_nifti_with_mask(self, patient: str) -> None:
+        source = read_dicom(SHARED / "sts" / "dicom" / patient)
+        assert source.refused == ()
+        (item,) = source.items
+        dicom = item.load()
+        (item,) = read_nifti(SHARED / "sts" / "nifti" / patient).items
+        nifti = item.load()
+        assert isinstance(dicom, CTSeries)
+        assert isinstance(nifti, CTSeries)
+        assert dicom.patient == nifti.patient == patient
+        np.testing.assert_array_equal(dicom.volume.hu, nifti.volume.hu)
+        np.testing.assert_allclose(dicom.volume.affine, nifti.volume.affine, atol=1e-3)
+        np.testing.assert_array_equal(masks(dicom), masks(nifti))
+        assert masks(dicom).sum() == STS_VOXELS[patient]
+        for ours, theirs in zip(dicom.truths, nifti.truths, strict=True):
+            assert ours.boxes is not None
+            assert theirs.boxes is not None
+            np.testing.assert_array_equal(ours.boxes, theirs.boxes)
+            assert ours.mask is not None
+            assert (len(ours.boxes) > 0) == (ours.mask.sum() >= 4)
+
+
+class TestLidc:
+    def test_hu_spacing_and_position(self) -> None:
+        listing = group_series(SHARED / "lidc")
+        assert listing.refused == []
+        first, second = (load_volume(series)[0] for series in sorted(listing.series, key=lambda s: s.patient))
+        assert first.hu.shape == (16, 512, 512)
+        assert (first.hu.min(), first.hu.max()) == (-2048, 3071)
+        assert first.spacing_mm == pytest.approx((2.5, 0.703125, 0.703125))
+        assert first.affine[2, 3] == pytest.approx(-132.5)
+        assert second.hu.shape == (12, 512, 512)
+        assert (second.hu.min(), second.hu.max()) == (-3024, 1561)
+        assert second.spacing_mm == pytest.approx((1.25, 0.681641, 0.681641))
+        assert second.affine[2, 3] == pytest.approx(-94.5)
+
+    def test_the_slices_keep_their_uids(self) -> None:
+        (series, _) = group_series(SHARED / "lidc").series
+        volume, uids, _ = load_volume(series)
+        headers = {header.sop_instance_uid: header for header in series.slices}
+        heights = [headers[uid].image_position_patient[2] for uid in uids]
+        np.testing.assert_allclose(heights, volume.affine[2, 3] + volume.affine[2, 2] * np.arange(len(uids)))
+
+
+def test_tilted_gantry_is_refused_by_name() -> None:
+    with pytest.raises(Refusal, match=r"GANTRY_TILT.* 18\.5 degrees"):
+        only_series("odd/gantry_tilt_variable_spacing_GE")
+
+
+def test_six_transfer_syntaxes_give_equal_hu() -> None:
+    slices = [read_hu(read_header(path)) for path in sorted((SHARED / "odd" / "ct_transfer_syntaxes").iterdir())]
+    assert len(slices) == 6
+    assert (slices[0].min(), slices[0].max()) == (-3024, 1378)
+    for other in slices[1:]:
+        np.testing.assert_array_equal(other, slices[0])
+
+
+class TestLiver:
+    def test_over_anonymised_jpeg_2000(self) -> None:
+        volume, uids, warnings = only_series("liver/totalsegmentator/example_ct_dicom")
+        assert warnings == ("EMPTY_SERIES_UID", "UNKNOWN_PATIENT")
+        assert volume.hu.shape == (20, 512, 512)
+        assert (volume.hu.min(), volume.hu.max()) == (-1024, 1839)
+        assert volume.spacing_mm == pytest.approx((2, 0.9765625, 0.9765625))  # the slices are 3 mm thick
+        assert len(set(uids)) == 20  # from the meta information
+        liver = load_mask(SHARED / "liver" / "totalsegmentator" / "example_seg_dicom.nii.gz", volume, 117) == 5
+        assert liver.sum() == 366_708
+        assert volume.hu[liver].mean() == pytest.approx(89, abs=1)
+        assert volume.hu[liver].std() == pytest.approx(22, abs=1)
+
+    def test_nifti_in_ras(self) -> None:
+        folder = SHARED / "liver" / "totalsegmentator"
+        volume, _ = load_image(folder / "example_ct.nii.gz")
+        assert volume.hu.shape == (112, 101, 122)
+        assert (volume.hu.min(), volume.hu.max()) == (-1207, 3382)
+        np.testing.assert_allclose(volume.affine[:3, :3], 3 * np.eye(3), atol=1e-4)
+        liver = load_mask(folder / "example_seg_fast_force_split.nii.gz", volume, 117) == 5
+        assert liver.sum() == 41_692
+
+    def test_three_slices_closer_than_thick(self) -> None:
+        volume, _, warnings = only_series("liver/dcmqi_ct3")
+        assert volume.hu.shape == (3, 512, 512)
+        assert (volume.hu.min(), volume.hu.max()) == (-3024, 1381)
+        assert volume.spacing_mm == pytest.approx((1, 0.810547, 0.810547))
+        assert warnings == ()
+        assert [header.modality for header in group_series(SHARED / "liver" / "dcmqi_ct3").objects] == ["SEG", "SEG"]
