@@ -13,6 +13,7 @@ not done again.
 import argparse
 import os
 import shlex
+import signal
 import socket
 import subprocess
 import sys
@@ -48,6 +49,8 @@ class Plan:
     query: Path
     recipes: str
     """``synthetic`` or ``small``."""
+    split_fractions: tuple[float, float, float]
+    """Of the patients: train, val, test."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -68,7 +71,10 @@ def pipeline(plan: Plan, out: Path, *, cpus: int) -> Path:
     """Run every step, and return where the report is."""
     pictures, ct, runs = out / "shards" / "pictures", out / "shards" / "ct", out / "runs"
     job("prepare", "--out", pictures, "pictures", "--root", plan.pictures)
-    job("prepare", "--out", ct, "--items-per-part", 4, plan.ct_reader, "--root", plan.ct)
+    job(
+        "prepare", "--out", ct, "--items-per-part", 4, "--split-fractions", *plan.split_fractions,
+        plan.ct_reader, "--root", plan.ct,
+    )  # fmt: skip
     where = ("--launch.storage-path", runs, "--launch.cpus-per-worker", cpus)
     pretrain, finetune = f"{plan.recipes}_pretrain", f"{plan.recipes}_finetune"
     classes = len(open_shards(pictures).class_names)
@@ -79,14 +85,16 @@ def pipeline(plan: Plan, out: Path, *, cpus: int) -> Path:
         "evaluate", "--checkpoint", runs / finetune, "--shards", ct, "--out", report, "--ablations",
         "--cpus-per-worker", cpus,
     )  # fmt: skip
-    with endpoint(runs / finetune) as url:
+    with endpoint(runs / finetune, out / "serve.log") as url:
         step([sys.executable, "-m", "mp3d.client", url, plan.query])
     return report / "report.html"
 
 
 def synthetic_data(raw: Path) -> Plan:
     write_synthetic_world(raw)
-    return Plan(raw / "pictures", raw / "ct", "dicom", raw / "query" / "SYN-0001" / "CT", "synthetic")
+    return Plan(
+        raw / "pictures", raw / "ct", "dicom", raw / "query" / "SYN-0001" / "CT", "synthetic", (0.7, 0.15, 0.15)
+    )
 
 
 def real_data(folder: Path) -> Plan:
@@ -98,7 +106,14 @@ def real_data(folder: Path) -> Plan:
     has_nifti = any(
         name.endswith((".nii", ".nii.gz")) for *_, names in os.walk(folder / "ct", followlinks=True) for name in names
     )
-    return Plan(folder / "pictures", folder / "ct", "nifti" if has_nifti else "dicom", folder / "query", "small")
+    return Plan(
+        folder / "pictures",
+        folder / "ct",
+        "nifti" if has_nifti else "dicom",
+        folder / "query",
+        "small",
+        (0.6, 0.15, 0.25),
+    )
 
 
 @contextmanager
@@ -107,7 +122,7 @@ def ray_head() -> Iterator[None]:
     import ray
 
     print("starting a local Ray", flush=True)
-    connect_ray(dashboard=True)
+    connect_ray(dashboard=True, show_logs=False)  # each step shows its own
     os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
     try:
         yield
@@ -116,7 +131,7 @@ def ray_head() -> Iterator[None]:
 
 
 @contextmanager
-def endpoint(checkpoint: Path) -> Iterator[str]:
+def endpoint(checkpoint: Path, log: Path) -> Iterator[str]:
     """``serve run`` on a free port of this machine while the block lasts; yields its URL."""
     from ray import serve
 
@@ -124,15 +139,17 @@ def endpoint(checkpoint: Path) -> Iterator[str]:
     serve.start(http_options={"host": "127.0.0.1", "port": port})
     command = [Path(sys.executable).with_name("serve"), "run", "serve.app:build", f"checkpoint={checkpoint}"]
     show(command)
-    process = subprocess.Popen([str(word) for word in command])
+    print(f"-- on port {port}, its log in {os.path.relpath(log)}", flush=True)
     url = f"http://127.0.0.1:{port}"
-    try:
-        wait_until_ready(url, READY_TIMEOUT_S)
-        yield url
-    finally:
-        process.terminate()
-        process.wait(timeout=60)
-        serve.shutdown()
+    with log.open("w") as file:
+        process = subprocess.Popen([str(word) for word in command], stdout=file, stderr=subprocess.STDOUT)
+        try:
+            wait_until_ready(url, READY_TIMEOUT_S)
+            yield url
+        finally:
+            process.send_signal(signal.SIGINT)  # as Ctrl-C does: the application is removed
+            process.wait(timeout=60)
+            serve.shutdown()
 
 
 def job(name: str, *args: object) -> None:

@@ -95,23 +95,23 @@ def predict_on_ray(
     worker = worker_resources(config.cpus_per_worker, config.accelerator)
     check_resources([worker] * config.num_workers)
     tasks = [
-        {"variant": variant, "samples": samples[start : start + SAMPLES_PER_TASK]}
+        {"variant": variant, "start": start, "stop": min(start + SAMPLES_PER_TASK, len(samples))}
         for variant in variants
         for start in range(0, len(samples), SAMPLES_PER_TASK)
     ]
     ray.data.DataContext.get_current().execution_options.preserve_order = True
-    answered = ray.data.from_items(tasks, override_num_blocks=len(tasks)).map(
+    answered = ray.data.from_items(tasks, override_num_blocks=len(tasks)).flat_map(
         PredictionActor,  # type: ignore[arg-type]  # a class: one instance an actor
-        fn_constructor_args=(config.model_dump(),),
+        fn_constructor_kwargs={"config": config.model_dump()},
         compute=ray.data.ActorPoolStrategy(size=config.num_workers),
         num_cpus=config.cpus_per_worker,
         num_gpus=worker.get("GPU", 0),
     )
     answers: dict[Variant, list[KeySliceResult]] = {variant: [] for variant in variants}
-    total = len(samples) * len(variants)
-    for row in answered.iter_rows():
-        answers[row["variant"]] += row["results"]
-        print(f"{sum(map(len, answers.values()))}/{total} key slices", flush=True)
+    for done, row in enumerate(answered.iter_rows(), 1):
+        answers[row.pop("variant")].append(KeySliceResult.from_row(row))
+        if done % SAMPLES_PER_TASK == 0 or done == len(samples) * len(variants):
+            print(f"{done}/{len(samples) * len(variants)} key slices", flush=True)
     return answers
 
 
@@ -124,11 +124,13 @@ class PredictionActor:
         self.config = EvaluateConfig.model_validate(config)
         torch.set_num_threads(max(1, int(self.config.cpus_per_worker)))
         self.predictor = KeySlicePredictor(self.config)
+        self.samples = key_slice_samples(self.config, self.predictor.shards)
 
-    def __call__(self, task: dict) -> dict:
+    def __call__(self, task: dict) -> list[dict]:
         if task["variant"] != self.predictor.variant:
             self.predictor = KeySlicePredictor(self.config, task["variant"])
-        return {"variant": task["variant"], "results": self.predictor(list(task["samples"]))}
+        results = self.predictor(self.samples[task["start"] : task["stop"]])
+        return [{"variant": task["variant"], **result.as_row()} for result in results]
 
 
 def print_scores(evaluation: Evaluation) -> None:

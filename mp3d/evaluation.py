@@ -94,6 +94,25 @@ class KeySliceResult:
             labels=prediction["labels"].long().numpy(),
         )
 
+    def as_row(self) -> dict[str, Any]:
+        """Plain values of ``PREDICTIONS_SCHEMA``."""
+        return {name: _plain(getattr(self, name)) for name in PREDICTIONS_SCHEMA.names}
+
+    @classmethod
+    def from_row(cls, row: Mapping[str, Any]) -> Self:
+        """What :meth:`as_row` made."""
+        return cls(
+            patient=row["patient"],
+            series=row["series"],
+            z_index=row["z_index"],
+            spacing_mm=tuple(row["spacing_mm"]),
+            true_boxes=np.array([*row["true_boxes"]], dtype=np.float32).reshape(-1, 4),
+            true_labels=np.array(row["true_labels"], dtype=np.int64),
+            boxes=np.array([*row["boxes"]], dtype=np.float32).reshape(-1, 4),
+            scores=np.array(row["scores"], dtype=np.float32),
+            labels=np.array(row["labels"], dtype=np.int64),
+        )
+
 
 @dataclass(frozen=True, eq=False)
 class Evaluation:
@@ -266,9 +285,10 @@ def write_predictions(
     path: Path, results: Sequence[KeySliceResult], provenance: Mapping[str, str] | None = None
 ) -> None:
     """One Parquet file from which every metric can be computed again; pixels are left out."""
-    columns = {name: [_plain(getattr(result, name)) for result in results] for name in PREDICTIONS_SCHEMA.names}
+    rows = [result.as_row() for result in results]
     metadata = {b"format": PREDICTIONS_FORMAT, b"provenance": json.dumps(dict(provenance or {})).encode()}
-    pq.write_table(pa.table(columns, schema=PREDICTIONS_SCHEMA.with_metadata(metadata)), path, compression="zstd")
+    table = pa.Table.from_pylist(rows, PREDICTIONS_SCHEMA.with_metadata(metadata))
+    pq.write_table(table, path, compression="zstd")
 
 
 def read_predictions(path: Path) -> tuple[list[KeySliceResult], dict[str, str]]:
@@ -284,20 +304,7 @@ def read_predictions(path: Path) -> tuple[list[KeySliceResult], dict[str, str]]:
     metadata = table.schema.metadata or {}
     if metadata.get(b"format") != PREDICTIONS_FORMAT:
         raise DataError(f"{path} holds no key-slice predictions of this format; write it again with jobs/evaluate.py")
-    results = [
-        KeySliceResult(
-            patient=row["patient"],
-            series=row["series"],
-            z_index=row["z_index"],
-            spacing_mm=tuple(row["spacing_mm"]),
-            true_boxes=np.array(row["true_boxes"], dtype=np.float32).reshape(-1, 4),
-            true_labels=np.array(row["true_labels"], dtype=np.int64),
-            boxes=np.array(row["boxes"], dtype=np.float32).reshape(-1, 4),
-            scores=np.array(row["scores"], dtype=np.float32),
-            labels=np.array(row["labels"], dtype=np.int64),
-        )
-        for row in table.to_pylist()
-    ]
+    results = [KeySliceResult.from_row(row) for row in table.to_pylist()]
     return results, json.loads(metadata[b"provenance"])
 
 

@@ -3,6 +3,7 @@ can.
 """
 
 import json
+import logging
 import os
 import secrets
 import sys
@@ -32,13 +33,14 @@ CONTROLLER_FAILURES = 3
 """Failed starts of the worker group before a run is given up; Ray's own default is never."""
 
 
-def connect_ray(*, dashboard: bool = False, num_cpus: int | None = None) -> None:
+def connect_ray(*, dashboard: bool = False, num_cpus: int | None = None, show_logs: bool = True) -> None:
     """Connect to the cluster that ``RAY_ADDRESS`` names (as in a submitted job), else start one on this machine, with
     token authentication.
 
     Args:
         dashboard: start it too; Ray Train watches its runs through it.
         num_cpus: of a cluster that is started here; None: the machine's.
+        show_logs: print here what workers print.
 
     Raises:
         ResourceError: no cluster answers at ``RAY_ADDRESS``.
@@ -48,7 +50,7 @@ def connect_ray(*, dashboard: bool = False, num_cpus: int | None = None) -> None
 
     if ray.is_initialized():
         return
-    quiet: dict[str, Any] = {"log_to_driver": True, "logging_level": "WARNING"}
+    quiet: dict[str, Any] = {"log_to_driver": show_logs, "logging_level": "WARNING"}
     if address := os.environ.get("RAY_ADDRESS"):
         try:
             ray.init(address=address, **quiet)
@@ -221,6 +223,7 @@ def _train_in_worker(payload: dict[str, Any]) -> None:
     from mp3d.session import RayTrainSession
     from mp3d.train import train
 
+    logging.getLogger("ray.train").setLevel(logging.WARNING)  # it would repeat every report
     config = TrainConfig.model_validate(payload["config"])
     torch.set_num_threads(max(1, int(config.launch.cpus_per_worker)))
     train(config, RayTrainSession(Path(payload["run_dir"]), keep=config.launch.keep_checkpoints))

@@ -70,7 +70,7 @@ def synthetic_finetune() -> TrainConfig:
         optim=OptimConfig(
             algorithm="adamw", lr=2e-3, weight_decay=0.01, schedule="cosine", warmup_steps=20, clip_grad_norm=10
         ),
-        loop=LoopConfig(epochs=4, batch_size=4, steps_per_epoch=100, max_validation_clips=48, precision="fp32"),
+        loop=LoopConfig(epochs=5, batch_size=4, steps_per_epoch=100, max_validation_clips=64, precision="fp32"),
         launch=LaunchConfig(cpus_per_worker=2),
     )
 
@@ -87,8 +87,8 @@ def small_pretrain() -> TrainConfig:
             "shards": "data/pictures",
             "model.head.num_classes": 20,
             "augment.crop_scale": (0.35, 1.0),
-            "loop.epochs": 4,
-            "loop.steps_per_epoch": 75,
+            "loop.epochs": 6,
+            "loop.steps_per_epoch": 150,
         }
     )
 

@@ -9,7 +9,7 @@ from mp3d.data.prepare import prepare
 from mp3d.data.shard import MANIFEST
 from mp3d.data.synthetic import write_ct_world, write_picture_world
 
-NUM_PATIENTS = 72
+NUM_PATIENTS = 96
 PICTURES_PER_CLASS = 240
 SEED = 20
 

@@ -1,21 +1,23 @@
 """One NIfTI file (NIfTI-1 or -2, ``.nii`` or ``.nii.gz``) to an array and its affine, or a named refusal.
 
-Common libraries read a cut off ``.nii.gz`` as zeros, take an affine that is not finite, or turn NaN into 0 without a
-word. Here the header is checked before any voxel is read, and the file must be whole (gzip's checksum included).
-
-Format: https://nifti.nimh.nih.gov/pub/dist/src/niftilib/nifti1.h (orientation: "METHOD 2" and "METHOD 3" there).
+nibabel reads the header and turns the axes. Its ``load`` is not used: it mends a wrong header in silence, such as a
+voxel size of 0, and stops before gzip's checksum, so damaged voxels may pass. Here the header is checked before any
+voxel is read, and the file is read to its end.
 """
 
 import gzip
 import math
 import zlib
 from io import BufferedReader
-from itertools import permutations
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Shaped
+from nibabel.nifti1 import Nifti1Header, data_type_codes
+from nibabel.nifti2 import Nifti2Header
+from nibabel.orientations import apply_orientation, inv_ornt_aff, io_orientation
+from nibabel.spatialimages import HeaderDataError
 
 from mp3d.errors import Refusal
 
@@ -26,25 +28,6 @@ MAX_TAIL_BYTES = 2**20
 ORTHOGONAL_TOLERANCE = 1e-3
 """Cosine of the angle between two axes up to which it is rounding and no shear."""
 
-_NIFTI1 = np.dtype(
-    {
-        "names": ["dim", "datatype", "pixdim", "offset", "slope", "intercept", "units", "qform", "sform", "quaternion",
-                  "origin", "rows", "magic"],
-        "formats": ["8i2", "i2", "8f4", "f4", "f4", "f4", "u1", "i2", "i2", "3f4", "3f4", "(3,4)f4", "S4"],
-        "offsets": [40, 70, 76, 108, 112, 116, 123, 252, 254, 256, 268, 280, 344],
-        "itemsize": 348,
-    }
-)  # fmt: skip
-_NIFTI2 = np.dtype(
-    {
-        "names": ["magic", "datatype", "dim", "pixdim", "offset", "slope", "intercept", "qform", "sform", "quaternion",
-                  "origin", "rows", "units"],
-        "formats": ["S4", "i2", "8i8", "8f8", "i8", "f8", "f8", "i4", "i4", "3f8", "3f8", "(3,4)f8", "i4"],
-        "offsets": [4, 12, 16, 104, 168, 176, 184, 344, 348, 352, 376, 400, 500],
-        "itemsize": 540,
-    }
-)  # fmt: skip
-_VOXELS = {2: "u1", 4: "i2", 8: "i4", 16: "f4", 64: "f8", 256: "i1", 512: "u2", 768: "u4", 1024: "i8", 1280: "u8"}
 _MILLIMETRES = {0: 1.0, 1: 1e3, 2: 1.0, 3: 1e-3}
 """By the unit of space: unknown, metre, millimetre, micrometre."""
 
@@ -86,79 +69,71 @@ def read_nifti_file(path: Path, what: str) -> NiftiImage:
             return _read(raw, what)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise Refusal("BAD_IMAGE", f"{what} is damaged or cut off ({type(error).__name__}); copy it again") from error
+    except HeaderDataError as error:
+        raise Refusal("BAD_IMAGE", f"the header of {what} is wrong ({error}); write it again") from error
     except OSError as error:
         raise Refusal("UNREADABLE", f"{what} cannot be read ({type(error).__name__})") from error
 
 
 def _read(file: BufferedReader | gzip.GzipFile, what: str) -> NiftiImage:
     header = _read_header(file, what)
-    shape = _shape(header, what)
-    slope, intercept = float(header["slope"]), float(header["intercept"])
-    if slope == 0 or not math.isfinite(slope):  # as the format says: no scaling
-        slope, intercept = 1.0, 0.0
-    if not math.isfinite(intercept):
-        raise Refusal("BAD_IMAGE", f"the scl_inter of {what} is {intercept}; write it again")
+    rank, *lengths = header["dim"].tolist()
+    shape, shown = lengths[:3], " x ".join(map(str, lengths[: max(0, rank)]))
+    if not 3 <= rank <= 7 or min(shape) < 1 or any(length != 1 for length in lengths[3:rank]):
+        raise Refusal("NOT_3D", f"{what} has {shown or 'no'} voxels; write one volume per file")
+    code = int(header["datatype"])
+    dtype = header.get_data_dtype() if code in data_type_codes.value_set() else np.dtype(np.void)
+    if dtype.kind not in "iuf" or dtype.itemsize > 8:
+        raise Refusal("NOT_3D", f"{what} has datatype {code}, not one number per voxel; write it again")
+    slope, intercept = header.get_slope_inter()
     affine = _affine(header, what)
-    if int(header["datatype"]) not in _VOXELS:
-        raise Refusal("NOT_3D", f"{what} has datatype {header['datatype']}, not one number per voxel; write it again")
-    dtype = np.dtype(_VOXELS[int(header["datatype"])]).newbyteorder(header.dtype["dim"].base.byteorder)
-    offset = float(header["offset"])
-    if not header.dtype.itemsize <= offset <= header.dtype.itemsize + MAX_TAIL_BYTES:
+    offset = float(header["vox_offset"])
+    if not header.sizeof_hdr <= offset <= header.sizeof_hdr + MAX_TAIL_BYTES:
         raise Refusal("BAD_IMAGE", f"the vox_offset of {what} is {offset:g}; write it again")
-    file.read(int(offset) - header.dtype.itemsize)  # extensions
+    file.read(int(offset) - header.sizeof_hdr)  # extensions
     num_bytes = math.prod(shape) * dtype.itemsize
     if num_bytes > MAX_BYTES:
-        shown = " x ".join(map(str, shape))
         raise Refusal("TOO_LARGE", f"{what} has {shown} voxels, more than {MAX_BYTES >> 30} GiB; crop or split it")
     data = file.read(num_bytes)
     if len(data) != num_bytes:
         raise Refusal("BAD_IMAGE", f"{what} has {len(data)} bytes of voxels instead of {num_bytes}; copy it again")
     if len(file.read(MAX_TAIL_BYTES)) == MAX_TAIL_BYTES:  # reading to the end makes gzip check its sum
         raise Refusal("BAD_IMAGE", f"{what} goes on behind its voxels; write it again")
-    stored, affine = _oriented(np.frombuffer(data, dtype).reshape(shape[::-1]), affine)
-    return NiftiImage(stored, slope, intercept, affine)
+    axes = io_orientation(affine)
+    stored = apply_orientation(np.frombuffer(data, dtype).reshape(shape, order="F"), axes).T
+    scale = (1.0, 0.0) if slope is None or intercept is None else (slope, intercept)
+    return NiftiImage(stored, *scale, affine @ inv_ornt_aff(axes, shape))
 
 
-def _read_header(file: BufferedReader | gzip.GzipFile, what: str) -> np.void:
+def _read_header(file: BufferedReader | gzip.GzipFile, what: str) -> Nifti1Header:
     start = file.read(4)
-    for layout in (_NIFTI1, _NIFTI2):
-        for order in ("<", ">"):
-            if start == np.array(layout.itemsize, f"{order}i4").tobytes():
-                data = start + file.read(layout.itemsize - 4)
-                if len(data) < layout.itemsize:
+    for kind in (Nifti1Header, Nifti2Header):
+        for order in ("little", "big"):
+            if start == kind.sizeof_hdr.to_bytes(4, order):
+                data = start + file.read(kind.sizeof_hdr - 4)
+                if len(data) < kind.sizeof_hdr:
                     raise Refusal("BAD_IMAGE", f"{what} ends inside its header; copy it again")
-                header = np.frombuffer(data, layout.newbyteorder(order))[0]
-                if header["magic"] not in (b"n+1", b"n+2"):
+                header = kind(data, order, check=False)
+                if header["magic"] != kind.single_magic:
                     raise Refusal("BAD_IMAGE", f"{what} is no NIfTI in one file; write it as .nii or .nii.gz")
                 return header
     raise Refusal("BAD_IMAGE", f"{what} is no NIfTI file; write it as .nii or .nii.gz")
 
 
-def _shape(header: np.void, what: str) -> tuple[int, int, int]:
-    """Voxels along the three axes of the file."""
-    rank, *lengths = header["dim"].tolist()
-    lengths = lengths[: max(0, rank)]
-    shown = " x ".join(map(str, lengths))
-    if not 3 <= rank <= 7 or min(lengths) < 1 or any(length != 1 for length in lengths[3:]):
-        raise Refusal("NOT_3D", f"{what} has {shown or 'no'} voxels; write one volume per file")
-    return lengths[0], lengths[1], lengths[2]
-
-
-def _affine(header: np.void, what: str) -> Float[np.ndarray, "4 4"]:
+def _affine(header: Nifti1Header, what: str) -> Float[np.ndarray, "4 4"]:
     """Of the file's axes; the sform where there is one, else the qform."""
-    if header["sform"] <= 0 and header["qform"] <= 0:
+    sform_code, qform_code = int(header["sform_code"]), int(header["qform_code"])
+    if sform_code <= 0 and qform_code <= 0:
         raise Refusal("UNKNOWN_ORIENTATION", f"qform and sform code of {what} are 0; write it with its orientation")
-    unit = int(header["units"]) & 7
+    unit = int(header["xyzt_units"]) & 7
     if unit not in _MILLIMETRES:
         raise Refusal("BAD_IMAGE", f"{what} has a unit of space (xyzt_units) {unit}; write it in millimetres")
-    affine = np.eye(4)
+    header["pixdim"][0] = -1 if header["pixdim"][0] < 0 else 1  # the format says: 0 is taken as 1
     with np.errstate(all="ignore"):
-        if header["sform"] > 0:
-            affine[:3] = header["rows"]
-        else:
-            affine[:3, :3] = _rotation(header["quaternion"].astype(np.float64)) * header["pixdim"][1:4]
-            affine[:3, 2] *= -1 if header["pixdim"][0] < 0 else 1
-            affine[:3, 3] = header["origin"]
+        try:
+            affine = np.asarray(header.get_sform() if sform_code > 0 else header.get_qform())
+        except ValueError as error:  # the quaternion is longer than 1
+            raise Refusal("BAD_IMAGE", f"the qform of {what} is no rotation ({error}); write it again") from error
         affine[:3] *= _MILLIMETRES[unit]
         cosines = affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0)
         shear = np.abs(cosines.T @ cosines - np.eye(3)).max()
@@ -166,35 +141,3 @@ def _affine(header: np.void, what: str) -> Float[np.ndarray, "4 4"]:
         detail = f"the axes of {what} are not finite or not orthogonal"
         raise Refusal("BAD_IMAGE", f"{detail}; resample it on orthogonal axes")
     return np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine  # NIfTI's axes point right, anterior, superior
-
-
-def _rotation(quaternion: Float[np.ndarray, " 3"]) -> Float[np.ndarray, "3 3"]:
-    b, c, d = quaternion
-    a = math.sqrt(max(0.0, 1.0 - float(quaternion @ quaternion)))
-    return np.array(
-        [
-            [a * a + b * b - c * c - d * d, 2 * (b * c - a * d), 2 * (b * d + a * c)],
-            [2 * (b * c + a * d), a * a + c * c - b * b - d * d, 2 * (c * d - a * b)],
-            [2 * (b * d - a * c), 2 * (c * d + a * b), a * a + d * d - b * b - c * c],
-        ]
-    )
-
-
-def _oriented(
-    stored: Shaped[np.ndarray, "k j i"], affine: Float[np.ndarray, "4 4"]
-) -> tuple[Shaped[np.ndarray, "d h w"], Float[np.ndarray, "4 4"]]:
-    """Permute and flip the axes to run most nearly along +x, +y and +z; moves no voxel in space."""
-    cosines = affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0)
-    axes = max(
-        permutations(range(3)), key=lambda order: sum(abs(cosines[world, axis]) for world, axis in enumerate(order))
-    )
-    to_old = np.zeros((4, 4))  # new index to old index
-    to_old[3, 3] = 1
-    lengths = stored.shape[::-1]
-    for world, axis in enumerate(axes):
-        if cosines[world, axis] < 0:
-            to_old[axis, world], to_old[axis, 3] = -1, lengths[axis] - 1
-            stored = np.flip(stored, 2 - axis)
-        else:
-            to_old[axis, world] = 1
-    return stored.transpose([2 - axis for axis in axes[::-1]]), affine @ to_old

@@ -1,0 +1,139 @@
+"""Convolution, normalisation and pooling of a 3D network that runs folded into 2D.
+
+A **folded** tensor has shape ``(n*d, c, h, w)`` in channels-last memory: the slices of all clips, one after the other.
+Next to it travels ``depth``, the slices of one clip. Nothing here shrinks z. Three facts make it work without copies:
+
+- a 1 x k x k convolution is a 2D convolution of every slice;
+- the same memory read as ``(n, c, d, h*w)``, the *columns* of a clip, turns a 3 x 1 x 1 convolution into a 3 x 1 one;
+- read as ``(n, c, d, h, w)`` it is a channels-last 3D tensor, for the 3 x 3 x 3 convolutions of the plain 3D networks.
+
+2D channels-last kernels are good everywhere, where 3D ones for pooling and normalisation are not. Weights keep the
+shape of ``nn.Conv3d``, ``(out, in, kd, kh, kw)``, so that the authors' checkpoints load without reshaping.
+"""
+
+from math import gcd
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+NormKind = Literal["slice_gn", "gn3d", "bn", "frozen_bn"]
+
+MAX_GROUPS = 32
+"""Groups of every group norm in the authors' configs."""
+
+
+def fold(x: Float[Tensor, "n c d h w"]) -> Float[Tensor, "n*d c h w"]:
+    """Clips to slices; free if ``x`` is channels-last."""
+    if x.shape[1] == 1:
+        # One channel is channels-last whatever its stride, but torch only takes it for that if the stride is 1.
+        return x.flatten(0, 2).unsqueeze(3).permute(0, 3, 1, 2)
+    return x.permute(0, 2, 3, 4, 1).flatten(0, 1).permute(0, 3, 1, 2)
+
+
+def unfold(x: Float[Tensor, "nd c h w"], depth: int) -> Float[Tensor, "n c d h w"]:
+    """Slices back to clips, channels-last; always a view."""
+    return x.unflatten(0, (-1, depth)).transpose(1, 2)
+
+
+def to_columns(x: Float[Tensor, "nd c h w"], depth: int) -> Float[Tensor, "n c d h*w"]:
+    """The folded tensor with z as the rows of a 2D picture; free if ``x`` is channels-last."""
+    return x.permute(0, 2, 3, 1).flatten(1, 2).unflatten(0, (-1, depth)).permute(0, 3, 1, 2)
+
+
+def from_columns(x: Float[Tensor, "n c d hw"], height: int, width: int) -> Float[Tensor, "n*d c h w"]:
+    """Undoes :func:`to_columns`."""
+    return x.permute(0, 2, 3, 1).flatten(0, 1).unflatten(1, (height, width)).permute(0, 3, 1, 2)
+
+
+def max_pool(x: Float[Tensor, "nd c h w"], depth: int) -> Float[Tensor, "nd c h2 w2"]:
+    """3 x 3 x 3 max pooling with stride (1, 2, 2) and padding 1.
+
+    The maximum is separable: first in the plane, then over z.
+    """
+    x = F.max_pool2d(x, kernel_size=3, stride=2, padding=1)
+    columns = F.max_pool2d(to_columns(x, depth), kernel_size=(3, 1), stride=1, padding=(1, 0))
+    return from_columns(columns, *x.shape[2:])
+
+
+class Conv(nn.Module):
+    """Bias-free convolution of a folded tensor, padded by half its kernel, strided in the plane only."""
+
+    def __init__(self, in_channels: int, out_channels: int, kernel: tuple[int, int, int], stride: int = 1) -> None:
+        super().__init__()
+        self.kernel = kernel
+        self.stride = stride
+        self.weight = nn.Parameter(torch.empty(out_channels, in_channels, *kernel))
+        nn.init.xavier_uniform_(self.weight)
+
+    def forward(self, x: Float[Tensor, "nd c h w"], depth: int) -> Float[Tensor, "nd o h2 w2"]:
+        kd, kh, kw = self.kernel
+        if kd == 1:
+            return F.conv2d(x, self.weight.squeeze(2), stride=self.stride, padding=(kh // 2, kw // 2))
+        if kh == kw == 1:
+            x = x[:, :, :: self.stride, :: self.stride]
+            columns = F.conv2d(to_columns(x, depth), self.weight.squeeze(4), padding=(kd // 2, 0))
+            return from_columns(columns, *x.shape[2:])
+        padding = (kd // 2, kh // 2, kw // 2)
+        return fold(F.conv3d(unfold(x, depth), self.weight, stride=(1, self.stride, self.stride), padding=padding))
+
+    def extra_repr(self) -> str:
+        out_channels, in_channels = self.weight.shape[:2]
+        return f"{in_channels}, {out_channels}, kernel={self.kernel}, stride=(1, {self.stride}, {self.stride})"
+
+
+class GroupNorm(nn.GroupNorm):
+    """Group norm in float32 at least: the bfloat16 kernel of the CPU is several times slower."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if input.dtype in (torch.bfloat16, torch.float16):
+            return super().forward(input.float()).to(input.dtype)
+        return super().forward(input)
+
+
+class FrozenBatchNorm(nn.BatchNorm2d):
+    """Batch norm that always uses its stored statistics and is never trained."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels)
+        self.requires_grad_(False)
+        self.eval()
+
+    def train(self, mode: bool = True) -> "FrozenBatchNorm":
+        return super().train(False)
+
+
+def num_groups(channels: int) -> int:
+    """32 as published, fewer in narrow networks: a group of one channel would erase that channel's mean."""
+    return gcd(MAX_GROUPS, max(channels // 2, 1))
+
+
+class ConvNorm(nn.Module):
+    """Convolution, then normalisation.
+
+    Args:
+        norm: ``slice_gn`` takes the statistics of a group over one slice; ``gn3d`` over the clip, as published;
+            ``bn`` and ``frozen_bn`` are batch norm over all slices of the batch.
+    """
+
+    def __init__(
+        self, in_channels: int, out_channels: int, kernel: tuple[int, int, int], stride: int = 1, *, norm: NormKind
+    ) -> None:
+        super().__init__()
+        self.conv = Conv(in_channels, out_channels, kernel, stride)
+        self.over_clip = norm == "gn3d"
+        match norm:
+            case "slice_gn" | "gn3d":
+                self.norm = GroupNorm(num_groups(out_channels), out_channels)
+            case "bn":
+                self.norm = nn.BatchNorm2d(out_channels)
+            case "frozen_bn":
+                self.norm = FrozenBatchNorm(out_channels)
+
+    def forward(self, x: Float[Tensor, "nd c h w"], depth: int) -> Float[Tensor, "nd o h2 w2"]:
+        x = self.conv(x, depth)
+        if self.over_clip:
+            return from_columns(self.norm(to_columns(x, depth)), *x.shape[2:])
+        return self.norm(x)

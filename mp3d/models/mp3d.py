@@ -1,0 +1,134 @@
+"""MP3D backbones: pseudo-3D ResNets that keep z (MP3D paper; authors' file ``modified_p3d.py``).
+
+A 3D kernel is split into S (1 x 3 x 3, in the slice) and T (3 x 1 x 1, along z). The three kinds of block differ in how
+S and T are joined; the kind is ``"ABC"[i % 3]`` for the i-th block of the whole network, so MP3D-63 runs ABC / ABCA /
+BCABCA / BCA. Rows and columns are halved by the first convolution of stages 2, 3 and 4; slices never.
+
+Differs from the paper: group norm may take its statistics per slice (``slice_gn``), with the same weights.
+"""
+
+from typing import Literal
+
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from mp3d.models.folded import ConvNorm, NormKind
+from mp3d.models.resnet import STAGE_WIDTHS, FoldedResNet, Stem, base_channels
+
+Depth = Literal["18ba", "34ba", "18", "63", "131"]
+
+NUM_BLOCKS: dict[Depth, tuple[int, int, int, int]] = {
+    "18ba": (2, 2, 2, 2),
+    "34ba": (3, 4, 6, 3),
+    "18": (2, 2, 2, 2),
+    "63": (3, 4, 6, 3),
+    "131": (3, 4, 23, 3),
+}
+"""Blocks of the four stages; ``ba`` networks have basic blocks, the others bottlenecks."""
+
+
+class UnitA(nn.Module):
+    """S, then T: ``T(S(x))``, each with norm and ReLU."""
+
+    def __init__(self, in_channels: int, channels: int, stride: int, norm: NormKind) -> None:
+        super().__init__()
+        self.conv_s = ConvNorm(in_channels, channels, (1, 3, 3), stride, norm=norm)
+        self.conv_t = ConvNorm(channels, channels, (3, 1, 1), norm=norm)
+
+    def forward(self, x: Float[Tensor, "nd c h w"], depth: int) -> Float[Tensor, "nd o h2 w2"]:
+        s = F.relu(self.conv_s(x, depth), inplace=True)
+        return F.relu(self.conv_t(s, depth), inplace=True)
+
+
+class UnitB(nn.Module):
+    """S beside T: ``S(x) + T(x)``, each with norm and ReLU; both carry the stride."""
+
+    def __init__(self, in_channels: int, channels: int, stride: int, norm: NormKind) -> None:
+        super().__init__()
+        self.conv_s = ConvNorm(in_channels, channels, (1, 3, 3), stride, norm=norm)
+        self.conv_t = ConvNorm(in_channels, channels, (3, 1, 1), stride, norm=norm)
+
+    def forward(self, x: Float[Tensor, "nd c h w"], depth: int) -> Float[Tensor, "nd o h2 w2"]:
+        return F.relu(self.conv_s(x, depth), inplace=True) + F.relu(self.conv_t(x, depth), inplace=True)
+
+
+class UnitC(nn.Module):
+    """S, then T on a branch: ``s + T(s)`` with ``s = S(x)``, each with norm and ReLU."""
+
+    def __init__(self, in_channels: int, channels: int, stride: int, norm: NormKind) -> None:
+        super().__init__()
+        self.conv_s = ConvNorm(in_channels, channels, (1, 3, 3), stride, norm=norm)
+        self.conv_t = ConvNorm(channels, channels, (3, 1, 1), norm=norm)
+
+    def forward(self, x: Float[Tensor, "nd c h w"], depth: int) -> Float[Tensor, "nd o h2 w2"]:
+        s = F.relu(self.conv_s(x, depth), inplace=True)
+        return s + F.relu(self.conv_t(s, depth), inplace=True)
+
+
+UNITS = (UnitA, UnitB, UnitC)
+
+
+class Bottleneck(nn.Module):
+    """1 x 1 x 1 (strided), one S-T unit, 1 x 1 x 1 to four times the channels; plus the shortcut."""
+
+    expansion = 4
+
+    def __init__(self, kind: int, in_channels: int, channels: int, stride: int, norm: NormKind) -> None:
+        super().__init__()
+        out_channels = channels * self.expansion
+        self.reduce = ConvNorm(in_channels, channels, (1, 1, 1), stride, norm=norm)
+        self.unit = UNITS[kind](channels, channels, 1, norm)
+        self.expand = ConvNorm(channels, out_channels, (1, 1, 1), norm=norm)
+        self.shortcut = None
+        if stride != 1 or in_channels != out_channels:
+            self.shortcut = ConvNorm(in_channels, out_channels, (1, 1, 1), stride, norm=norm)
+
+    def forward(self, x: Float[Tensor, "nd c h w"], depth: int) -> Float[Tensor, "nd o h2 w2"]:
+        y = F.relu(self.reduce(x, depth), inplace=True)
+        y = self.expand(self.unit(y, depth), depth)
+        return F.relu(y + (x if self.shortcut is None else self.shortcut(x, depth)), inplace=True)
+
+
+class BasicBlock(nn.Module):
+    """Two S-T units of the same kind, the first strided; plus the shortcut."""
+
+    expansion = 1
+
+    def __init__(self, kind: int, in_channels: int, channels: int, stride: int, norm: NormKind) -> None:
+        super().__init__()
+        self.unit1 = UNITS[kind](in_channels, channels, stride, norm)
+        self.unit2 = UNITS[kind](channels, channels, 1, norm)
+        self.shortcut = None
+        if stride != 1 or in_channels != channels:
+            self.shortcut = ConvNorm(in_channels, channels, (1, 1, 1), stride, norm=norm)
+
+    def forward(self, x: Float[Tensor, "nd c h w"], depth: int) -> Float[Tensor, "nd o h2 w2"]:
+        y = self.unit2(self.unit1(x, depth), depth)
+        return F.relu(y + (x if self.shortcut is None else self.shortcut(x, depth)), inplace=True)
+
+
+def build_mp3d(depth: Depth, width: float = 1.0, norm: NormKind = "slice_gn") -> FoldedResNet:
+    """An MP3D backbone for one input channel.
+
+    Args:
+        width: factor on every channel count.
+
+    Raises:
+        ConfigError: a width that leaves no channels.
+    """
+    block = BasicBlock if depth.endswith("ba") else Bottleneck
+    in_channels = base_channels(width)
+    stem = Stem([ConvNorm(1, in_channels, (1, 7, 7), 2, norm=norm)])
+    stages, out_channels, index = [], [], 0
+    for stage, num_blocks in enumerate(NUM_BLOCKS[depth]):
+        channels = base_channels(width) * STAGE_WIDTHS[stage] // STAGE_WIDTHS[0]
+        blocks = []
+        for position in range(num_blocks):
+            stride = 2 if stage > 0 and position == 0 else 1
+            blocks.append(block(index % len(UNITS), in_channels, channels, stride, norm))
+            in_channels = channels * block.expansion
+            index += 1
+        stages.append(blocks)
+        out_channels.append(in_channels)
+    return FoldedResNet(stem, stages, out_channels)

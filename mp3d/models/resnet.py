@@ -1,0 +1,95 @@
+"""The frame of every 3D backbone: a stem and four stages of residual blocks, run folded (:mod:`mp3d.models.folded`)."""
+
+from collections.abc import Sequence
+from typing import Self
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from mp3d.errors import ConfigError
+from mp3d.models.folded import ConvNorm, fold, max_pool, unfold
+
+STAGE_WIDTHS = (64, 128, 256, 512)
+"""Middle channels of the four stages at width 1."""
+
+
+class Stem(nn.Module):
+    """Convolutions with ReLU, the first strided, then the max pool: a quarter of rows and columns, every slice."""
+
+    def __init__(self, layers: Sequence[ConvNorm]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, x: Float[Tensor, "nd c h w"], depth: int) -> Float[Tensor, "nd o h4 w4"]:
+        for layer in self.layers:
+            x = F.relu(layer(x, depth), inplace=True)
+        return max_pool(x, depth)
+
+
+class FoldedResNet(nn.Module):
+    """A 3D residual network that never shrinks z.
+
+    Args:
+        stem: from one channel to the first stage's input.
+        stages: the blocks of stage 1 to 4; a block is called as ``block(x, depth)`` on a folded tensor.
+        out_channels: channels of the four outputs.
+    """
+
+    strides = (4, 8, 16, 32)
+    """In the plane, of the four outputs."""
+
+    def __init__(self, stem: Stem, stages: Sequence[Sequence[nn.Module]], out_channels: Sequence[int]) -> None:
+        super().__init__()
+        self.stem = stem
+        self.stage1, self.stage2, self.stage3, self.stage4 = (nn.ModuleList(blocks) for blocks in stages)
+        self.out_channels = list(out_channels)
+        self.num_frozen_parts = 0
+
+    @property
+    def stages(self) -> tuple[nn.ModuleList, ...]:
+        return self.stage1, self.stage2, self.stage3, self.stage4
+
+    def freeze(self, stages: int) -> None:
+        """Holds the first parts fixed for good, batch statistics included; they keep nothing for a backward pass.
+
+        Args:
+            stages: the authors' counting: -1 none, 0 the stem, k also stages 1..k.
+        """
+        self.num_frozen_parts = stages + 1
+        for part in (self.stem, *self.stages)[: self.num_frozen_parts]:
+            part.requires_grad_(False)
+            part.eval()
+
+    def train(self, mode: bool = True) -> Self:
+        super().train(mode)
+        for part in (self.stem, *self.stages)[: self.num_frozen_parts]:
+            part.eval()
+        return self
+
+    def forward(self, x: Float[Tensor, "n 1 d h w"]) -> list[Float[Tensor, "n _ d _ _"]]:
+        """The outputs of stage 1 to 4."""
+        depth = x.shape[2]
+        x = fold(x)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.num_frozen_parts < 1):
+            x = self.stem(x, depth)
+        outputs = []
+        for number, blocks in enumerate(self.stages, start=1):
+            with torch.set_grad_enabled(torch.is_grad_enabled() and self.num_frozen_parts < number + 1):
+                for block in blocks:
+                    x = block(x, depth)
+            outputs.append(unfold(x, depth))
+        return outputs
+
+
+def base_channels(width: float) -> int:
+    """Channels of the stem's output, 64 at width 1.
+
+    Raises:
+        ConfigError: a width that leaves fewer than two channels.
+    """
+    channels = round(STAGE_WIDTHS[0] * width)
+    if channels < 2:
+        raise ConfigError(f"model.width is {width}: the stem would have {channels} channels; use at least 0.04")
+    return channels

@@ -1,0 +1,137 @@
+"""Transfer: start a model from the 3D backbone of another one, and say key by key what that did.
+
+Only the backbone moves. The group transforms have one weight per slice of the clip they were trained on (three planes
+of a picture, nine slices of a CT), and the feature pyramid and the heads have learnt another task; the authors start
+them afresh too (``modified_p3d.py``, ``load_checkpoint(strict=False, rm_backbone=True)``), only without saying so.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mp3d.errors import CheckpointError
+from mp3d.models.resnet import FoldedResNet
+
+STEM_KEY = "stem.layers.0.conv.weight"
+"""Every backbone has it; what stands before it in a key is where the backbone sits in its model."""
+MIN_SHARE = 0.5
+"""Less of the backbone than this, and the source is another network."""
+
+
+@dataclass(frozen=True)
+class Reinitialised:
+    """A tensor of the model that was left as it was."""
+
+    key: str
+    shape: tuple[int, ...]
+    source_shape: tuple[int, ...] | None
+    """None where the source has no such tensor."""
+
+
+@dataclass(frozen=True)
+class TransferReport:
+    """Every tensor of the model is in ``moved`` or ``reinitialised``; ``unused`` are those that only the source has."""
+
+    moved: tuple[str, ...]
+    reinitialised: tuple[Reinitialised, ...]
+    unused: tuple[str, ...]
+
+    def summary(self) -> str:
+        """The counts, then every key, one line for each module."""
+        changed = [f"{item.key} {_shapes(item)}" for item in self.reinitialised]
+        return "\n".join(
+            [
+                f"moved {len(self.moved)} tensors, re-initialised {len(self.reinitialised)}, "
+                f"unused {len(self.unused)} of the source",
+                *_section("moved", self.moved),
+                *_section("re-initialised (shape here, in the source)", changed),
+                *_section("unused (only in the source)", self.unused),
+            ]
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return asdict(self)
+
+
+def initialise_backbone(model: nn.Module, source_state: Mapping[str, Tensor]) -> TransferReport:
+    """Copies the backbone of another model's state into ``model``, in place.
+
+    Args:
+        source_state: the state dict of a detector, a classifier or a bare backbone.
+
+    Raises:
+        CheckpointError: the source has no backbone of ours, or one of another kind or width.
+    """
+    source_prefix = _source_prefix(source_state)
+    prefix = _model_prefix(model)
+    state = model.state_dict()
+    moved, reinitialised = [], []
+    counterparts = set()
+    for key, tensor in state.items():
+        in_backbone = key.startswith(prefix)
+        source_key = source_prefix + key.removeprefix(prefix) if in_backbone else key
+        source = source_state.get(source_key)
+        if source is not None:
+            counterparts.add(source_key)
+        if in_backbone and source is not None and source.shape == tensor.shape:
+            moved.append(key)
+        else:
+            source_shape = None if source is None else tuple(source.shape)
+            reinitialised.append(Reinitialised(key, tuple(tensor.shape), source_shape))
+    _check_share(prefix, state, moved, reinitialised)
+    with torch.no_grad():
+        for key in moved:
+            state[key].copy_(source_state[source_prefix + key.removeprefix(prefix)])
+    unused = tuple(key for key in source_state if key not in counterparts)
+    return TransferReport(tuple(moved), tuple(reinitialised), unused)
+
+
+def _model_prefix(model: nn.Module) -> str:
+    (name,) = (name for name, module in model.named_modules() if isinstance(module, FoldedResNet))
+    return f"{name}." if name else ""
+
+
+def _source_prefix(source_state: Mapping[str, Tensor]) -> str:
+    prefixes = [key.removesuffix(STEM_KEY) for key in source_state if key.endswith(STEM_KEY)]
+    if len(prefixes) != 1:
+        keys = ", ".join(list(source_state)[:3])
+        raise CheckpointError(
+            f"the source has {len(prefixes)} keys ending in {STEM_KEY}, so its 3D backbone cannot be found; "
+            f"its keys begin with {keys}; give a checkpoint that this package trained"
+        )
+    return prefixes[0]
+
+
+def _check_share(
+    prefix: str, state: Mapping[str, Tensor], moved: Iterable[str], reinitialised: Iterable[Reinitialised]
+) -> None:
+    """Refuses a source that is mostly different: a few shortcuts match by chance in MP3D-18ba and ResNet3D-18."""
+    total = sum(tensor.numel() for key, tensor in state.items() if key.startswith(prefix))
+    found = sum(state[key].numel() for key in moved)
+    if found < MIN_SHARE * total:
+        first = next(item for item in reinitialised if item.key.startswith(prefix))
+        raise CheckpointError(
+            f"only {found:,} of {total:,} backbone weights have a counterpart in the source, first missing: "
+            f"{first.key} {_shapes(first)}; model.backbone and model.width must be those of the source"
+        )
+
+
+def _shapes(item: Reinitialised) -> str:
+    return f"{item.shape}, {item.source_shape or 'none'}"
+
+
+def _section(title: str, lines: Iterable[str]) -> list[str]:
+    """Keys that share a module on one line: ``stem.layers.0.conv: weight``."""
+    modules: dict[str, list[str]] = defaultdict(list)
+    for line in lines:
+        key, _, rest = line.partition(" ")
+        module, _, name = key.rpartition(".")
+        modules[module].append(f"{name} {rest}".strip())
+    if not modules:
+        return []
+    return [f"{title}:", *(f"  {module}: {'; '.join(names)}" for module, names in modules.items())]
