@@ -122,7 +122,7 @@ def parse(argv: Sequence[str]) -> tuple[Options, functools.partial[Source]]:
         command,
         args=list(argv),
         prog=Path(sys.argv[0]).name,
-        description=f"{__doc__}\n{cli.EXIT_CODES} · {TOO_MANY_REJECTS} done, but more refused than allowed",
+        description=f"{__doc__}\n{cli.EXIT_CODES}",
         config=(tyro.conf.FlagCreatePairsOff,),
     )
 
