@@ -132,6 +132,10 @@ def refused(path: Path) -> str:
         (70, struct.pack("<h", 128), "NOT_3D"),  # datatype: RGB
         (108, struct.pack("<f", 1e9), "BAD_IMAGE"),  # vox_offset
         (123, b"\x07", "BAD_IMAGE"),  # xyzt_units
+        (70, struct.pack("<h", 999), "NOT_3D"),  # no datatype
+        (70, struct.pack("<h", 1536), "NOT_3D"),  # 128-bit floats, which not every machine has
+        (112, struct.pack("<2f", 1, np.nan), "BAD_IMAGE"),  # scl_slope, scl_inter
+        (254, struct.pack("<h3f", 0, 1, 1, 1), "BAD_IMAGE"),  # sform_code; a quaternion longer than 1
         (0, bytes(348), "BAD_IMAGE"),
     ],
 )
@@ -166,6 +170,19 @@ def test_qform_alone(tmp_path: Path) -> None:
     assert np.linalg.det(both.affine) > 0
 
 
+@pytest.mark.parametrize("width", [0, -0.6])
+def test_a_voxel_size_is_not_mended(tmp_path: Path, width: float) -> None:
+    path = patched(write_case(tmp_path, image_of(VOLUME.hu)), 254, struct.pack("<h", 0))
+    assert refused(patched(path, 80, struct.pack("<f", width))) == "BAD_IMAGE"
+
+
+def test_a_qfac_of_0_is_1(tmp_path: Path) -> None:
+    path = patched(write_case(tmp_path, image_of(VOLUME.hu)), 254, struct.pack("<h", 0))
+    expected, _ = load_image(path)
+    volume, _ = load_image(patched(path, 76, struct.pack("<f", 0)))
+    np.testing.assert_array_equal(volume.affine, expected.affine)
+
+
 @pytest.mark.parametrize("order", "<>")
 def test_nifti_2_in_both_byte_orders(tmp_path: Path, order: str) -> None:
     header = bytearray(540)
@@ -187,6 +204,25 @@ def test_a_flipped_bit_in_the_packed_voxels(tmp_path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
+    assert refused(path) == "BAD_IMAGE"
+
+
+def test_the_checksum_behind_the_packed_voxels(tmp_path: Path) -> None:
+    path = write_case(tmp_path, image_of(VOLUME.hu))
+    data = bytearray(path.read_bytes())
+    data[-8] ^= 1  # of the CRC: all voxels are there
+    path.write_bytes(data)
+    assert refused(path) == "BAD_IMAGE"
+    path.write_bytes(data[:-8])
+    assert refused(path) == "BAD_IMAGE"
+
+
+def test_a_file_that_goes_on_behind_its_voxels(tmp_path: Path) -> None:
+    path = write_case(tmp_path, image_of(VOLUME.hu))
+    data = gzip.decompress(path.read_bytes())
+    path.write_bytes(gzip.compress(data + bytes(1000)))
+    np.testing.assert_array_equal(load_image(path)[0].hu, VOLUME.hu)
+    path.write_bytes(gzip.compress(data + bytes(2**21)))
     assert refused(path) == "BAD_IMAGE"
 
 
