@@ -31,6 +31,8 @@ from mp3d.errors import ConfigError, Mp3dError
 from mp3d.launch import connect_ray
 
 READY_TIMEOUT_S = 180
+SHOWN_SCORE = 0.05
+"""Of the findings in the last table: low, so that also a weak detector shows what it looked at."""
 PARTIAL = 5
 """Exit code of ``prepare`` when it refused a part of the data."""
 
@@ -86,7 +88,7 @@ def pipeline(plan: Plan, out: Path, *, cpus: int) -> Path:
         "--cpus-per-worker", cpus,
     )  # fmt: skip
     with endpoint(runs / finetune, out / "serve.log") as url:
-        step([sys.executable, "-m", "mp3d.client", url, plan.query])
+        step([sys.executable, "-m", "mp3d.client", url, plan.query, "--threshold", SHOWN_SCORE])
     return report / "report.html"
 
 
@@ -149,7 +151,6 @@ def endpoint(checkpoint: Path, log: Path) -> Iterator[str]:
         finally:
             process.send_signal(signal.SIGINT)  # as Ctrl-C does: the application is removed
             process.wait(timeout=60)
-            serve.shutdown()
 
 
 def job(name: str, *args: object) -> None:

@@ -51,7 +51,7 @@ def synthetic_pretrain() -> TrainConfig:
         optim=OptimConfig(
             algorithm="adamw", lr=2e-3, weight_decay=0.01, schedule="cosine", warmup_steps=20, clip_grad_norm=5
         ),
-        loop=LoopConfig(epochs=4, batch_size=32, steps_per_epoch=100, max_validation_clips=256, precision="fp32"),
+        loop=LoopConfig(epochs=4, batch_size=32, steps_per_epoch=100, max_validation_clips=256),
         launch=LaunchConfig(cpus_per_worker=2),
     )
 
@@ -70,7 +70,7 @@ def synthetic_finetune() -> TrainConfig:
         optim=OptimConfig(
             algorithm="adamw", lr=2e-3, weight_decay=0.01, schedule="cosine", warmup_steps=20, clip_grad_norm=10
         ),
-        loop=LoopConfig(epochs=5, batch_size=4, steps_per_epoch=100, max_validation_clips=64, precision="fp32"),
+        loop=LoopConfig(epochs=5, batch_size=4, steps_per_epoch=100, max_validation_clips=64),
         launch=LaunchConfig(cpus_per_worker=2),
     )
 

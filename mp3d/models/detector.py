@@ -51,6 +51,7 @@ class Float32Predictor(FastRCNNPredictor):
 
 
 def build_rpn(head: DetectionHead) -> RegionProposalNetwork:
+    """torchvision's, with the numbers of the config."""
     anchors = build_anchor_generator(head)
     return RegionProposalNetwork(
         anchors,
@@ -66,6 +67,7 @@ def build_rpn(head: DetectionHead) -> RegionProposalNetwork:
 
 
 def build_roi_heads(head: DetectionHead) -> RoIHeads:
+    """RoIAlign on P2..P5, two fully connected layers, one box per class."""
     align = MultiScaleRoIAlign(list(ROI_LEVELS), output_size=ROI_SIZE, sampling_ratio=2)
     # torchvision would infer the scales from its first batch, and wrongly where much of a small picture is padding.
     align.scales = [1 / stride for stride in ROI_STRIDES]

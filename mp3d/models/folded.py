@@ -11,6 +11,7 @@ Next to it travels ``depth``, the slices of one clip. Nothing here shrinks z. Th
 shape of ``nn.Conv3d``, ``(out, in, kd, kh, kw)``, so that the authors' checkpoints load without reshaping.
 """
 
+from dataclasses import dataclass
 from math import gcd
 from typing import Literal
 
@@ -21,8 +22,19 @@ from torch import Tensor, nn
 
 NormKind = Literal["slice_gn", "gn3d", "bn", "frozen_bn"]
 
-MAX_GROUPS = 32
-"""Groups of every group norm in the authors' configs."""
+
+@dataclass(frozen=True)
+class Norm:
+    """Which normalisation follows a convolution.
+
+    Attributes:
+        kind: ``slice_gn`` is group norm with the statistics of one slice, ``gn3d`` with those of the clip, as
+            published; ``bn`` and ``frozen_bn`` are batch norm over all slices of the batch.
+        num_groups: of a group norm; 32 in the authors' configs.
+    """
+
+    kind: NormKind
+    num_groups: int = 32
 
 
 def fold(x: Float[Tensor, "n c d h w"]) -> Float[Tensor, "n*d c h w"]:
@@ -105,28 +117,19 @@ class FrozenBatchNorm(nn.BatchNorm2d):
         return super().train(False)
 
 
-def num_groups(channels: int) -> int:
-    """32 as published, fewer in narrow networks: a group of one channel would erase that channel's mean."""
-    return gcd(MAX_GROUPS, max(channels // 2, 1))
-
-
 class ConvNorm(nn.Module):
-    """Convolution, then normalisation.
-
-    Args:
-        norm: ``slice_gn`` takes the statistics of a group over one slice; ``gn3d`` over the clip, as published;
-            ``bn`` and ``frozen_bn`` are batch norm over all slices of the batch.
-    """
+    """Convolution, then normalisation."""
 
     def __init__(
-        self, in_channels: int, out_channels: int, kernel: tuple[int, int, int], stride: int = 1, *, norm: NormKind
+        self, in_channels: int, out_channels: int, kernel: tuple[int, int, int], stride: int = 1, *, norm: Norm
     ) -> None:
         super().__init__()
         self.conv = Conv(in_channels, out_channels, kernel, stride)
-        self.over_clip = norm == "gn3d"
-        match norm:
+        self.over_clip = norm.kind == "gn3d"
+        match norm.kind:
             case "slice_gn" | "gn3d":
-                self.norm = GroupNorm(num_groups(out_channels), out_channels)
+                # Never a group of one channel: normalising would erase that channel's mean.
+                self.norm = GroupNorm(gcd(norm.num_groups, out_channels // 2), out_channels)
             case "bn":
                 self.norm = nn.BatchNorm2d(out_channels)
             case "frozen_bn":

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from mp3d.models.folded import ConvNorm, NormKind
-from mp3d.models.resnet import STAGE_WIDTHS, FoldedResNet, Stem, base_channels
+from mp3d.models.folded import ConvNorm, Norm, NormKind
+from mp3d.models.resnet import FoldedResNet, Stem, base_channels, build_resnet, scaled_norm
 
 Depth = Literal["18ba", "34ba", "18", "63", "131"]
 
@@ -31,7 +31,7 @@ NUM_BLOCKS: dict[Depth, tuple[int, int, int, int]] = {
 class UnitA(nn.Module):
     """S, then T: ``T(S(x))``, each with norm and ReLU."""
 
-    def __init__(self, in_channels: int, channels: int, stride: int, norm: NormKind) -> None:
+    def __init__(self, in_channels: int, channels: int, stride: int, norm: Norm) -> None:
         super().__init__()
         self.conv_s = ConvNorm(in_channels, channels, (1, 3, 3), stride, norm=norm)
         self.conv_t = ConvNorm(channels, channels, (3, 1, 1), norm=norm)
@@ -44,7 +44,7 @@ class UnitA(nn.Module):
 class UnitB(nn.Module):
     """S beside T: ``S(x) + T(x)``, each with norm and ReLU; both carry the stride."""
 
-    def __init__(self, in_channels: int, channels: int, stride: int, norm: NormKind) -> None:
+    def __init__(self, in_channels: int, channels: int, stride: int, norm: Norm) -> None:
         super().__init__()
         self.conv_s = ConvNorm(in_channels, channels, (1, 3, 3), stride, norm=norm)
         self.conv_t = ConvNorm(in_channels, channels, (3, 1, 1), stride, norm=norm)
@@ -56,7 +56,7 @@ class UnitB(nn.Module):
 class UnitC(nn.Module):
     """S, then T on a branch: ``s + T(s)`` with ``s = S(x)``, each with norm and ReLU."""
 
-    def __init__(self, in_channels: int, channels: int, stride: int, norm: NormKind) -> None:
+    def __init__(self, in_channels: int, channels: int, stride: int, norm: Norm) -> None:
         super().__init__()
         self.conv_s = ConvNorm(in_channels, channels, (1, 3, 3), stride, norm=norm)
         self.conv_t = ConvNorm(channels, channels, (3, 1, 1), norm=norm)
@@ -74,7 +74,7 @@ class Bottleneck(nn.Module):
 
     expansion = 4
 
-    def __init__(self, kind: int, in_channels: int, channels: int, stride: int, norm: NormKind) -> None:
+    def __init__(self, kind: int, in_channels: int, channels: int, stride: int, norm: Norm) -> None:
         super().__init__()
         out_channels = channels * self.expansion
         self.reduce = ConvNorm(in_channels, channels, (1, 1, 1), stride, norm=norm)
@@ -95,7 +95,7 @@ class BasicBlock(nn.Module):
 
     expansion = 1
 
-    def __init__(self, kind: int, in_channels: int, channels: int, stride: int, norm: NormKind) -> None:
+    def __init__(self, kind: int, in_channels: int, channels: int, stride: int, norm: Norm) -> None:
         super().__init__()
         self.unit1 = UNITS[kind](in_channels, channels, stride, norm)
         self.unit2 = UNITS[kind](channels, channels, 1, norm)
@@ -115,20 +115,13 @@ def build_mp3d(depth: Depth, width: float = 1.0, norm: NormKind = "slice_gn") ->
         width: factor on every channel count.
 
     Raises:
-        ConfigError: a width that leaves no channels.
+        ConfigError: a width that leaves no channel.
     """
-    block = BasicBlock if depth.endswith("ba") else Bottleneck
-    in_channels = base_channels(width)
-    stem = Stem([ConvNorm(1, in_channels, (1, 7, 7), 2, norm=norm)])
-    stages, out_channels, index = [], [], 0
-    for stage, num_blocks in enumerate(NUM_BLOCKS[depth]):
-        channels = base_channels(width) * STAGE_WIDTHS[stage] // STAGE_WIDTHS[0]
-        blocks = []
-        for position in range(num_blocks):
-            stride = 2 if stage > 0 and position == 0 else 1
-            blocks.append(block(index % len(UNITS), in_channels, channels, stride, norm))
-            in_channels = channels * block.expansion
-            index += 1
-        stages.append(blocks)
-        out_channels.append(in_channels)
-    return FoldedResNet(stem, stages, out_channels)
+    base, scaled = base_channels(width), scaled_norm(norm, width)
+    kind_of_block = BasicBlock if depth.endswith("ba") else Bottleneck
+
+    def block(index: int, in_channels: int, channels: int, stride: int) -> nn.Module:
+        return kind_of_block(index % len(UNITS), in_channels, channels, stride, scaled)
+
+    stem = Stem([ConvNorm(1, base, (1, 7, 7), 2, norm=scaled)])
+    return build_resnet(stem, NUM_BLOCKS[depth], base, kind_of_block.expansion, block)

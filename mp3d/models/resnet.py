@@ -1,7 +1,6 @@
 """The frame of every 3D backbone: a stem and four stages of residual blocks, run folded (:mod:`mp3d.models.folded`)."""
 
-from collections.abc import Sequence
-from typing import Self
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -9,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from mp3d.errors import ConfigError
-from mp3d.models.folded import ConvNorm, fold, max_pool, unfold
+from mp3d.models.folded import ConvNorm, Norm, NormKind, fold, max_pool, unfold
 
 STAGE_WIDTHS = (64, 128, 256, 512)
 """Middle channels of the four stages at width 1."""
@@ -62,7 +61,7 @@ class FoldedResNet(nn.Module):
             part.requires_grad_(False)
             part.eval()
 
-    def train(self, mode: bool = True) -> Self:
+    def train(self, mode: bool = True) -> "FoldedResNet":
         super().train(mode)
         for part in (self.stem, *self.stages)[: self.num_frozen_parts]:
             part.eval()
@@ -84,12 +83,46 @@ class FoldedResNet(nn.Module):
 
 
 def base_channels(width: float) -> int:
-    """Channels of the stem's output, 64 at width 1.
+    """Channels of the stem's output, 64 at width 1; even.
 
     Raises:
-        ConfigError: a width that leaves fewer than two channels.
+        ConfigError: a width that leaves no channel.
     """
-    channels = round(STAGE_WIDTHS[0] * width)
-    if channels < 2:
-        raise ConfigError(f"model.width is {width}: the stem would have {channels} channels; use at least 0.04")
+    channels = 2 * round(STAGE_WIDTHS[0] / 2 * width)
+    if channels == 0:
+        raise ConfigError(f"model.width is {width}: the stem would have no channel; use at least 0.02")
     return channels
+
+
+def scaled_norm(kind: NormKind, width: float) -> Norm:
+    """Fewer groups in a narrow network, so that a group has as many channels as at width 1."""
+    return Norm(kind, num_groups=base_channels(width) // 2)
+
+
+def build_resnet(
+    stem: Stem,
+    num_blocks: Sequence[int],
+    base: int,
+    expansion: int,
+    block: Callable[[int, int, int, int], nn.Module],
+) -> FoldedResNet:
+    """Four stages behind a stem; the first block of stages 2, 3 and 4 halves rows and columns.
+
+    Args:
+        num_blocks: of the four stages.
+        base: the stem's output channels.
+        expansion: output channels of a block over its middle channels.
+        block: makes a block from its index in the whole network, its input channels, middle channels and stride.
+    """
+    stages, out_channels = [], []
+    in_channels, index = base, 0
+    for stage, blocks_of_stage in enumerate(num_blocks):
+        channels = base * STAGE_WIDTHS[stage] // STAGE_WIDTHS[0]
+        blocks = []
+        for position in range(blocks_of_stage):
+            blocks.append(block(index, in_channels, channels, 2 if stage > 0 and position == 0 else 1))
+            in_channels = channels * expansion
+            index += 1
+        stages.append(blocks)
+        out_channels.append(in_channels)
+    return FoldedResNet(stem, stages, out_channels)

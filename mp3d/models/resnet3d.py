@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from mp3d.models.folded import Conv, ConvNorm, NormKind
-from mp3d.models.resnet import STAGE_WIDTHS, FoldedResNet, Stem, base_channels
+from mp3d.models.folded import Conv, ConvNorm, Norm, NormKind
+from mp3d.models.resnet import FoldedResNet, Stem, base_channels, build_resnet, scaled_norm
 
 StemKind = Literal["7x7x7", "v1c"]
 
@@ -21,7 +21,7 @@ NUM_BLOCKS = (2, 2, 2, 2)
 class BasicBlock3D(nn.Module):
     """Two 3 x 3 x 3 convolutions, the first strided in the plane; plus the shortcut."""
 
-    def __init__(self, in_channels: int, channels: int, stride: int, norm: NormKind) -> None:
+    def __init__(self, in_channels: int, channels: int, stride: int, norm: Norm) -> None:
         super().__init__()
         self.conv1 = ConvNorm(in_channels, channels, (3, 3, 3), stride, norm=norm)
         self.conv2 = ConvNorm(channels, channels, (3, 3, 3), norm=norm)
@@ -34,7 +34,7 @@ class BasicBlock3D(nn.Module):
         return F.relu(y + (x if self.shortcut is None else self.shortcut(x, depth)), inplace=True)
 
 
-def build_stem(kind: StemKind, out_channels: int, norm: NormKind) -> Stem:
+def build_stem(kind: StemKind, out_channels: int, norm: Norm) -> Stem:
     """From one channel to ``out_channels``; both stems halve rows and columns before the pool."""
     match kind:
         case "7x7x7":
@@ -57,21 +57,14 @@ def build_resnet3d18(stem: StemKind = "7x7x7", width: float = 1.0, norm: NormKin
         width: factor on every channel count.
 
     Raises:
-        ConfigError: a width that leaves no channels.
+        ConfigError: a width that leaves no channel.
     """
-    in_channels = base_channels(width)
-    first = build_stem(stem, in_channels, norm)
-    stages, out_channels = [], []
-    for stage, num_blocks in enumerate(NUM_BLOCKS):
-        channels = base_channels(width) * STAGE_WIDTHS[stage] // STAGE_WIDTHS[0]
-        blocks = []
-        for position in range(num_blocks):
-            stride = 2 if stage > 0 and position == 0 else 1
-            blocks.append(BasicBlock3D(in_channels, channels, stride, norm))
-            in_channels = channels
-        stages.append(blocks)
-        out_channels.append(channels)
-    backbone = FoldedResNet(first, stages, out_channels)
+    base, scaled = base_channels(width), scaled_norm(norm, width)
+
+    def block(index: int, in_channels: int, channels: int, stride: int) -> nn.Module:
+        return BasicBlock3D(in_channels, channels, stride, scaled)
+
+    backbone = build_resnet(build_stem(stem, base, scaled), NUM_BLOCKS, base, 1, block)
     for module in backbone.modules():
         if isinstance(module, Conv):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
