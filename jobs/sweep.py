@@ -10,13 +10,18 @@ import sys
 from collections.abc import Sequence
 
 from mp3d import cli, recipes
-from mp3d.config import SweepConfig
+from mp3d.config import SweepConfig, TrainConfig
+
+
+def around(base: TrainConfig) -> SweepConfig:
+    """The default sweep of a recipe: learning rates around its own."""
+    return SweepConfig(name=f"{base.name}_sweep", base=base, lr=(base.optim.lr / 10, base.optim.lr * 3))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     command = cli.parse_recipe(
         recipes.FINETUNE, recipes.synthetic_finetune, about=__doc__ or "", argv=argv,
-        build=lambda base: SweepConfig(name=f"{base.name}_sweep", base=base),
+        build=around,
     )  # fmt: skip
     return cli.sweep_command(command)
 

@@ -13,6 +13,7 @@ CPUs and GPU are what Tune schedules, so trials can never hold the cores that th
 import json
 import math
 import shutil
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from mp3d.checkpoint import open_checkpoint
 from mp3d.config import SweepConfig, TrainConfig
 from mp3d.errors import Mp3dError
 from mp3d.launch import check_resources, claim, connect_ray, worker_resources
+from mp3d.tracking import Tracker, track
 
 
 class SweepFailed(Mp3dError):
@@ -34,6 +36,7 @@ def run_sweep(sweep: SweepConfig) -> Path:
         SweepFailed: every trial failed; the message has the errors.
     """
     from ray import tune
+    from ray.tune.logger import JsonLoggerCallback
     from ray.tune.search import BasicVariantGenerator
 
     from mp3d.train import check_inputs
@@ -59,9 +62,10 @@ def run_sweep(sweep: SweepConfig) -> Path:
                 metric="score",
                 mode="max",
                 num_samples=sweep.num_trials,
-                max_concurrent_trials=sweep.max_concurrent or concurrent_trials(resources),
                 scheduler=_scheduler(sweep),
-                search_alg=BasicVariantGenerator(random_state=sweep.seed),
+                search_alg=BasicVariantGenerator(
+                    max_concurrent=sweep.max_concurrent or concurrent_trials(resources), random_state=sweep.seed
+                ),
                 trial_dirname_creator=lambda trial: trial.trial_id,
             ),
             run_config=tune.RunConfig(
@@ -69,7 +73,7 @@ def run_sweep(sweep: SweepConfig) -> Path:
                 storage_path=str(folder),
                 verbose=0,
                 failure_config=tune.FailureConfig(max_failures=1),
-                callbacks=[_printer(base.loop.epochs)],
+                callbacks=[_watcher(base, folder), JsonLoggerCallback()],
             ),
         )
     return _export(sweep, folder, tuner.fit())
@@ -94,6 +98,12 @@ def concurrent_trials(resources: dict[str, float]) -> int:
     return max(1, min(math.floor(there.get(name, 0) / need) for name, need in resources.items()))
 
 
+def trial_config(base: TrainConfig, point: dict[str, Any], folder: Path, trial_id: str) -> TrainConfig:
+    """The base configuration at one point of the search space, as a run in the sweep's folder."""
+    place = {"name": trial_id, "launch.storage_path": str(folder / "trials"), "tracking.group": folder.name}
+    return base.override({**point, **place})
+
+
 def _trial(point: dict[str, Any], base: dict[str, Any], folder: str) -> None:
     """One trial. Started again, it goes on from its own last checkpoint."""
     import torch
@@ -102,41 +112,51 @@ def _trial(point: dict[str, Any], base: dict[str, Any], folder: str) -> None:
     from mp3d.session import TuneSession
     from mp3d.train import train
 
-    trial_id = tune.get_context().get_trial_id()
-    config = TrainConfig.model_validate(base)
-    config = config.override(
-        {
-            **point,
-            "name": trial_id,
-            "launch.storage_path": str(Path(folder) / "trials"),
-            "tracking.group": Path(folder).name,
-        }
-    )
+    config = trial_config(TrainConfig.model_validate(base), point, Path(folder), tune.get_context().get_trial_id())
     torch.set_num_threads(max(1, int(config.launch.cpus_per_worker)))
-    run_dir = claim(Path(config.launch.storage_path) / trial_id, config)
-    train(config, TuneSession(run_dir, keep=1))
+    run_dir = claim(Path(config.launch.storage_path) / config.name, config)
+    train(config.override({"tracking.mode": "disabled"}), TuneSession(run_dir, keep=1))
 
 
 def _scheduler(sweep: SweepConfig):
     from ray.tune.schedulers import ASHAScheduler
 
+    epochs = sweep.base.loop.epochs
     return ASHAScheduler(
-        time_attr="epoch", max_t=sweep.base.loop.epochs, grace_period=min(sweep.grace_epochs, sweep.base.loop.epochs),
+        time_attr="epoch",
+        max_t=epochs + 1,  # a trial that reaches its last epoch ends by itself
+        grace_period=min(sweep.grace_epochs, epochs),
         reduction_factor=sweep.reduction_factor,
-    )  # fmt: skip
+    )
 
 
-def _printer(epochs: int):
-    """A line for every epoch of every trial."""
+def _watcher(base: TrainConfig, folder: Path):
+    """Prints a line for every epoch of every trial and tracks it; here, because Tune ends a stopped trial's process."""
     from ray import tune
 
-    class Printer(tune.Callback):
+    class Watcher(tune.Callback):
+        def __init__(self) -> None:
+            self.trackers: dict[str, Tracker] = {}
+            self.open = ExitStack()
+
         def on_trial_result(
             self, iteration: int, trials: list, trial: Any, result: dict[str, Any], **info: Any
         ) -> None:
-            print(f"trial {trial.trial_id}  epoch {result['epoch']}/{epochs}  score {result['score']:.4f}", flush=True)
+            name, epoch, score = trial.trial_id, result["epoch"], result["score"]
+            print(f"trial {name}  epoch {epoch}/{base.loop.epochs}  score {score:.4f}", flush=True)
+            if name not in self.trackers:
+                config = trial_config(base, trial.config, folder, name)
+                self.trackers[name] = self.open.enter_context(track(config, folder / "trials" / name, rank=0))
+            metrics = {key: value for key, value in result.items() if isinstance(value, float) and "/" not in key}
+            self.trackers[name](metrics, step=epoch)
 
-    return Printer()
+        def on_experiment_end(self, trials: list, **info: Any) -> None:
+            self.open.close()
+
+        def get_state(self) -> None:
+            return None  # nothing that Tune has to keep
+
+    return Watcher()
 
 
 def trials_table(folder: Path) -> str:

@@ -73,6 +73,7 @@ def _start(config: TrainConfig, run_dir: Path, mode: Mode) -> Any:
         "name": config.name,
         "id": blake2b(f"{config.tracking.project}/{config.name}".encode(), digest_size=8).hexdigest(),
         "resume": "allow",
+        "reinit": "create_new",  # a sweep tracks several runs side by side
         "dir": str(run_dir),
         # paths stay here: a folder's name may hold a patient's
         "config": config.model_dump(mode="json", exclude={"shards", "init_from", "launch", "tracking"}),

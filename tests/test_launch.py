@@ -1,6 +1,7 @@
 """Starting runs: claiming a name, asking the cluster first, Ray Train and Ray Tune at work. One Ray for all of it."""
 
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -90,13 +91,15 @@ def test_an_error_in_a_worker_arrives_as_it_was_raised(ray_cluster: None, ct: Pa
 def test_a_sweep_stops_the_worse_and_exports_the_best(ray_cluster: None, ct: Path, tmp_path: Path):
     sweep = SweepConfig(
         name="search",
-        base=detector_config(ct, tmp_path, loop__epochs=3, loop__steps_per_epoch=4),
+        base=detector_config(ct, tmp_path, loop__epochs=4, loop__steps_per_epoch=20),
         num_trials=4,
-        lr=(1e-7, 1e-2),
-        anchor_ratios=((1.0,), (0.7, 1.0)),
+        lr=(2.5e-3, 3.5e-3),
+        anchor_ratios=((1.0,), (9.0,)),  # no lesion is nine times as high as it is wide
         frozen_stages=(-1, 0),
+        grace_epochs=2,
         reduction_factor=2,
         max_concurrent=1,
+        seed=1,
     )
     best = run_sweep(sweep)
     trials = json.loads((tmp_path / "search" / "trials.json").read_text())
