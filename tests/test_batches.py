@@ -67,7 +67,7 @@ def test_pictures_come_as_planes_with_their_label(pictures: ShardSet):
 
 
 def test_pictures_do_not_fit_a_ct_clip(pictures: ShardSet):
-    with pytest.raises(DataError, match="num_slices to 3"):
+    with pytest.raises(DataError, match="num_slices must be 3"):
         read_clip(pictures, picture_samples(pictures, "val")[0], CLIP)
 
 

@@ -95,7 +95,7 @@ def read_clip(shards: ShardSet, sample: Sample, clip: ClipConfig) -> tuple[Clip,
         planes = torch.from_numpy(decode_image(key).copy())
         if len(planes) != clip.num_slices:
             raise DataError(
-                f"{shards.folder} holds pictures of {len(planes)} planes; set clip.num_slices to 3, not {clip.num_slices}"
+                f"{shards.folder} holds pictures of {len(planes)} planes; clip.num_slices must be 3, not {clip.num_slices}"
             )
         made = Clip(planes, (len(planes) // 2,))
     else:
