@@ -94,9 +94,7 @@ def read_clip(shards: ShardSet, sample: Sample, clip: ClipConfig) -> tuple[Clip,
         key = shards.read_rows(entry, sample.row, sample.row + 1)[0]
         planes = torch.from_numpy(decode_image(key).copy())
         if len(planes) != clip.num_slices:
-            raise DataError(
-                f"{shards.folder} holds pictures of {len(planes)} planes; clip.num_slices must be 3, not {clip.num_slices}"
-            )
+            raise DataError(f"{shards.folder} holds pictures of {len(planes)} planes; clip.num_slices must be 3")
         made = Clip(planes, (len(planes) // 2,))
     else:
         positions = window_positions(sample.row, entry.num_rows, entry.spacing_mm[0], clip)
