@@ -55,7 +55,7 @@ def test_finds_the_lesion_it_was_trained_on():
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    assert sum(losses[-5:]) < 0.3 * sum(losses[:5])
+    assert sum(losses[-5:]) < 0.5 * sum(losses[:5])
     with torch.no_grad():
         (prediction,) = model.eval()([clip])
     x1, y1, x2, y2 = prediction["boxes"][0].tolist()

@@ -292,3 +292,18 @@ def test_the_frame_counts_its_stages():
     assert [name for name, _ in backbone.named_children()] == ["stem", "stage1", "stage2", "stage3", "stage4"]
     assert backbone.out_channels == [8, 16, 32, 64]
     assert backbone.strides == (4, 8, 16, 32)
+
+
+@pytest.mark.parametrize(("in_channels", "out_channels"), [(8, 16), (16, 32), (4, 8)])
+def test_strided_shortcuts_equal_the_strided_convolution(in_channels: int, out_channels: int):
+    """Few input channels: there oneDNN's own strided 1 x 1 kernel corrupts memory, so it must not be reached."""
+    torch.manual_seed(0)
+    conv = Conv(in_channels, out_channels, (1, 1, 1), stride=2)
+    x = torch.randn(6, in_channels, 15, 16).contiguous(memory_format=torch.channels_last)
+    expected = torch.nn.functional.conv3d(
+        x.contiguous().unflatten(0, (2, 3)).transpose(1, 2), conv.weight, stride=(1, 2, 2)
+    )
+    for _ in range(30):
+        y = conv(x, 3)
+        y.square().mean().backward()
+    torch.testing.assert_close(y.unflatten(0, (2, 3)).transpose(1, 2), expected)
