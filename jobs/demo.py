@@ -2,9 +2,10 @@
 
     make demo                  a synthetic CT world in real DICOM files
     make demo DATA=<folder>    real data, laid out so:
-                                 pictures/<class>/*.jpg     or Tiny-ImageNet's train/ and val/
-                                 ct/<patient>/...           DICOM series with RTSTRUCT, or CT_image.nii.gz and
-                                 CT_mask.nii.gz query/...                  one DICOM series to ask the endpoint about
+
+        pictures/<class>/*.jpg    or Tiny-ImageNet's train/ and val/
+        ct/<patient>/...          DICOM series with RTSTRUCT, or CT_image.nii.gz and CT_mask.nii.gz
+        query/...                 one DICOM series to ask the endpoint about
 
 Every step is a command that you could type, printed before it runs; all share one local Ray. What stands already is
 not done again.

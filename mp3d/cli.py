@@ -21,7 +21,7 @@ from mp3d.config import Config, SweepConfig, TrainConfig
 from mp3d.data.made_world import ensure_synthetic_shards
 from mp3d.errors import ConfigError, Mp3dError
 from mp3d.launch import run_training
-from mp3d.recipes import Recipe
+from mp3d.recipes import SYNTHETIC_WORLD, Recipe
 from mp3d.sweep import run_sweep, trials_table
 from mp3d.tracking import tracking_mode
 
@@ -182,8 +182,7 @@ def train_command(command: Command[TrainConfig], next_step: str) -> int:
     if command.dry_run:
         print_plan(training_plan(config))
         return 0
-    if command.default_recipe:
-        ensure_synthetic_shards(Path(config.shards).parent)
+    ensure_shards(command.config.shards)
     run_training(config)
     best = open_checkpoint(run_dir)
     print(f"best checkpoint: {best.path} (epoch {best.epoch}, score {best.score:.4f})")
@@ -201,13 +200,18 @@ def sweep_command(command: Command[SweepConfig]) -> int:
         points = {"learning rate": sweep.lr, "anchor ratios": sweep.anchor_ratios, "frozen stages": sweep.frozen_stages}
         print_plan({"sweep": folder, "trials": sweep.num_trials, **points, **training_plan(sweep.base), "run": folder})
         return 0
-    if command.default_recipe:
-        ensure_synthetic_shards(Path(sweep.base.shards).parent)
+    ensure_shards(command.config.base.shards)
     best = run_sweep(sweep)
     print(trials_table(folder))
     print(f"best checkpoint: {best}")
     print(f"next: serve run serve.app:build checkpoint={best}")
     return 0
+
+
+def ensure_shards(shards: str) -> None:
+    """Make the synthetic world where a recipe's own path to it was left as it is; data of the user's are never made."""
+    if Path(shards).parent == Path(SYNTHETIC_WORLD):
+        ensure_synthetic_shards(Path(absolute(SYNTHETIC_WORLD)))
 
 
 def training_plan(config: TrainConfig) -> dict[str, Any]:

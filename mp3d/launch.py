@@ -105,21 +105,23 @@ def claim(run_dir: Path, config: TrainConfig) -> Path:
     Raises:
         ConfigError: the name stands for another configuration; the message lists the fields that differ.
     """
-    path = run_dir / "run.json"
-    if path.exists():
-        known = TrainConfig.model_validate(json.loads(path.read_text())).identity()
-        differing = list(_differences(known, config.identity()))
-        if differing:
-            raise ConfigError(
-                f"the run {config.name!r} exists with another configuration ({'; '.join(differing)}); "
-                f"give this one another --name, or remove {run_dir}"
-            )
-    else:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        aside = path.with_suffix(".tmp")
-        aside.write_text(json.dumps(config.model_dump(mode="json"), indent=1) + "\n")
-        aside.replace(path)
+    claim_name(run_dir, "run.json", config.name, config.identity())
     return run_dir
+
+
+def claim_name(folder: Path, file: str, name: str, identity: dict[str, Any]) -> None:
+    """What a name stands for is written into its folder once, and compared from then on; see :func:`claim`."""
+    path = folder / file
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        aside = path.with_suffix(".tmp")
+        aside.write_text(json.dumps(identity, indent=1) + "\n")
+        aside.replace(path)
+    elif differing := list(_differences(json.loads(path.read_text()), identity)):
+        raise ConfigError(
+            f"{name!r} exists with another configuration ({'; '.join(differing)}); "
+            f"give this one another --name, or remove {folder}"
+        )
 
 
 def worker_resources(cpus: float, accelerator: str) -> dict[str, float]:

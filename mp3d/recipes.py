@@ -19,6 +19,8 @@ from mp3d.config import (
     TrainConfig,
 )
 
+SYNTHETIC_WORLD = "data/synthetic"
+"""Where the synthetic recipes look for their shards; jobs make them there if they are missing."""
 PICTURE_CLIP = ClipConfig(num_slices=3, slice_spacing_mm=None, mean=114.495, std=57.63, image_size=224)
 """The planes of a colour picture as three slices (VDT; normalisation of the authors' configs, method notes 2)."""
 SMALL_HEAD = DetectionHead(
@@ -44,7 +46,7 @@ def synthetic_pretrain() -> TrainConfig:
     """
     return TrainConfig(
         name="synthetic_pretrain",
-        shards="data/synthetic/pictures",
+        shards=f"{SYNTHETIC_WORLD}/pictures",
         clip=PICTURE_CLIP.override({"image_size": 64}),
         augment=AugmentConfig(z_flip=0, image_sizes=(), shuffle_planes=True),
         model=ModelConfig(backbone="mp3d18ba", width=0.25, head=ClassificationHead(num_classes=8)),
@@ -63,7 +65,7 @@ def synthetic_finetune() -> TrainConfig:
     """
     return TrainConfig(
         name="synthetic_finetune",
-        shards="data/synthetic/ct",
+        shards=f"{SYNTHETIC_WORLD}/ct",
         clip=ClipConfig(image_size=128),
         augment=AugmentConfig(image_sizes=()),
         model=ModelConfig(backbone="mp3d18ba", width=0.25, head=SMALL_HEAD),

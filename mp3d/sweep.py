@@ -20,7 +20,7 @@ from typing import Any
 from mp3d.checkpoint import open_checkpoint
 from mp3d.config import SweepConfig, TrainConfig
 from mp3d.errors import Mp3dError
-from mp3d.launch import check_resources, claim, connect_ray, worker_resources
+from mp3d.launch import check_resources, claim, claim_name, connect_ray, worker_resources
 from mp3d.tracking import Tracker, track
 
 
@@ -32,6 +32,7 @@ def run_sweep(sweep: SweepConfig) -> Path:
     """Run or go on with a sweep, and return the folder of its best checkpoint.
 
     Raises:
+        ConfigError: the sweep's name stands for another one.
         ResourceError: not even one trial fits the cluster.
         SweepFailed: every trial failed; the message has the errors.
     """
@@ -45,7 +46,7 @@ def run_sweep(sweep: SweepConfig) -> Path:
     connect_ray()
     base = sweep.base
     folder = Path(base.launch.storage_path) / sweep.name
-    folder.mkdir(parents=True, exist_ok=True)
+    claim_name(folder, "sweep.json", sweep.name, {**sweep.model_dump(mode="json"), "base": base.identity()})
     resources = worker_resources(base.launch.cpus_per_worker, base.launch.accelerator)
     check_resources([resources], wait_s=base.launch.wait_for_resources_s)
     trainable = tune.with_resources(

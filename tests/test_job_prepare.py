@@ -76,7 +76,7 @@ def test_help_lists_readers_and_exit_codes(capsys):
         job.main(["--help"])
     said = capsys.readouterr().out
     assert all(name in said for name in READERS)
-    assert "5 done, but more refused than allowed" in said
+    assert "5 prepared, more refused than allowed" in said
     assert "--allowed-rejects" in said
 
 

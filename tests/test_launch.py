@@ -108,3 +108,5 @@ def test_a_sweep_stops_the_worse_and_exports_the_best(ray_cluster: None, ct: Pat
     assert open_checkpoint(best).score == max(trial["best_score"] for trial in trials)
     assert trials[0]["trial"] in trials_table(tmp_path / "search").splitlines()[1]
     assert run_sweep(sweep) == best, "a finished sweep is not run again"
+    with pytest.raises(ConfigError, match="num_trials was 4, is 5"):
+        run_sweep(sweep.override({"num_trials": 5}))
