@@ -32,7 +32,7 @@ from mp3d.errors import ConfigError, Mp3dError
 from mp3d.launch import connect_ray
 
 READY_TIMEOUT_S = 180
-SHOWN_SCORE = 0.05
+SHOWN_SCORE = 0.1
 """Of the findings in the last table: low, so that also a weak detector shows what it looked at."""
 PARTIAL = 5
 """Exit code of ``prepare`` when it refused a part of the data."""

@@ -72,7 +72,7 @@ def synthetic_finetune() -> TrainConfig:
         optim=OptimConfig(
             algorithm="adamw", lr=2e-3, weight_decay=0.01, schedule="cosine", warmup_steps=20, clip_grad_norm=10
         ),
-        loop=LoopConfig(epochs=5, batch_size=4, steps_per_epoch=100, max_validation_clips=64),
+        loop=LoopConfig(epochs=6, batch_size=4, steps_per_epoch=100, max_validation_clips=64),
         launch=LaunchConfig(cpus_per_worker=2),
     )
 
