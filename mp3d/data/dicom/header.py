@@ -70,6 +70,8 @@ class Header:
     """Pixel Padding Value, and Range Limit where there is one: 16 bits each, signed as the pixels are."""
     frame: int = 0
     """Of a multi-frame image, from 1; 0 is a file of its own."""
+    stack: tuple[str, ...] = ()
+    """Stack ID and Temporal Position Index of a frame, where it has them."""
 
     @property
     def label(self) -> str:
