@@ -12,7 +12,7 @@ import SimpleITK as sitk
 from pydicom import Dataset, dcmread, uid
 from pydicom.encaps import encapsulate
 
-from mp3d.data.dicom import WARNINGS, Listing, group_series, load_volume, read_header, read_hu
+from mp3d.data.dicom import WARNINGS, Listing, StoredSlice, group_series, load_volume, read_header, read_hu
 from mp3d.data.dicom.elements import MAX_INFLATED_BYTES
 from mp3d.data.dicom.pixels import read_stored
 from mp3d.data.series import Volume
@@ -33,13 +33,13 @@ LARGER = made_volume(shape=(4, 33, 37))
 """JPEG 2000 is written here from 32 x 32 pixels on."""
 
 
-def load(slices: list[Dataset], seed: int = 0) -> tuple[Volume, tuple[str, ...], tuple[str, ...]]:
+def load(slices: list[Dataset], seed: int = 0) -> tuple[Volume, tuple[StoredSlice, ...], tuple[str, ...]]:
     listing = group_series(to_files(slices, seed=seed))
     assert not listing.refused
     (series,) = listing.series
-    volume, uids, warnings = load_volume(series)
+    volume, stored, warnings = load_volume(series)
     assert set(warnings) <= set(WARNINGS)
-    return volume, uids, warnings
+    return volume, stored, warnings
 
 
 def refusal(slices: list[Dataset]) -> Refusal:
@@ -73,9 +73,9 @@ class TestGeometry:
             seed=seed,
         )
         slices = ct_slices(truth)
-        volume, uids, _ = load(slices, seed)
+        volume, stored, _ = load(slices, seed)
         check_equal(volume, truth)
-        assert uids == tuple(ds.SOPInstanceUID for ds in slices)
+        assert stored == tuple(StoredSlice(ds.SOPInstanceUID) for ds in slices)
         assert np.linalg.det(volume.affine[:3, :3]) > 0
 
     def test_axial_order_is_ascending_in_z_whatever_the_instance_number(self) -> None:
@@ -442,8 +442,6 @@ class TestGrouping:
         [
             (lambda ds: setattr(ds, "Modality", "MR"), "NOT_CT"),
             (lambda ds: setattr(ds, "SOPClassUID", uid.SecondaryCaptureImageStorage), "NOT_CT"),
-            (lambda ds: setattr(ds, "SOPClassUID", uid.EnhancedCTImageStorage), "MULTIFRAME_UNSUPPORTED"),
-            (lambda ds: setattr(ds, "NumberOfFrames", 2), "MULTIFRAME_UNSUPPORTED"),
             (lambda ds: setattr(ds, "Rows", 6), "PIXEL_LENGTH"),
             (lambda ds: setattr(ds, "PixelData", ds.PixelData[:-2]), "PIXEL_LENGTH"),
             (lambda ds: setattr(ds, "PixelData", ds.PixelData + bytes(2)), "PIXEL_LENGTH"),
