@@ -73,3 +73,34 @@ WARNINGS: dict[str, str] = {
     "BOX_DROPPED": "A box had no extent inside the image and was left out; its slice counts as not searched.",
 }
 """What was tolerated in a series that is used."""
+
+
+def as_markdown() -> str:
+    """The list for users: ``docs/reasons.md``."""
+    lines = [
+        "# Reason codes",
+        "",
+        "Made by `python -m mp3d.data.reasons > docs/reasons.md`.",
+        "",
+        "## Refused",
+        "",
+        "Why a file or series is not used, and what to do. The detail beside the code in `manifest.json`, and in the",
+        "endpoint's answer, names the slice, the DICOM tag, the value and the rule.",
+        "",
+        *_table(REASONS),
+        "",
+        "## Tolerated",
+        "",
+        "What was tolerated or corrected in a series that is used.",
+        "",
+        *_table(WARNINGS),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _table(codes: dict[str, str]) -> list[str]:
+    return ["| code | meaning |", "|---|---|", *(f"| `{code}` | {meaning} |" for code, meaning in codes.items())]
+
+
+if __name__ == "__main__":
+    print(as_markdown(), end="")
