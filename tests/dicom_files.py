@@ -15,6 +15,10 @@ from mp3d.data.series import Volume
 SERIES_UID = "1.2.826.0.1.3680043.8.498.1"
 STUDY_UID = "1.2.826.0.1.3680043.8.498.2"
 FRAME_UID = "1.2.826.0.1.3680043.8.498.3"
+FUNCTIONAL_GROUPS = (
+    *("PlanePositionSequence", "PlaneOrientationSequence", "PixelMeasuresSequence", "FrameContentSequence"),
+    *("PixelValueTransformationSequence", "CTImageFrameTypeSequence"),
+)
 
 
 def made_volume(

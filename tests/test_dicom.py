@@ -253,6 +253,16 @@ class TestDuplicates:
         assert len({series.series for series in listing.series}) == 2
         assert all(series.warnings == ("SPLIT_BY_ACQUISITION",) for series in listing.series)
 
+    def test_phases_in_two_kernels_are_four(self) -> None:
+        slices = []
+        for seed, (phase, kernel) in enumerate([(1, "B30f"), (1, "B70f"), (2, "B30f"), (2, "B70f")]):
+            for ds in ct_slices(made_volume(seed=seed)):
+                ds.SOPInstanceUID += f".{seed}"
+                ds.AcquisitionNumber, ds.ConvolutionKernel = phase, kernel
+                slices.append(ds)
+        volumes = [load_volume(series)[0] for series in group_series(to_files(slices)).series]
+        assert {volume.hu.tobytes() for volume in volumes} == {made_volume(seed=n).hu.tobytes() for n in range(4)}
+
     def test_acquisition_numbers_alone_do_not_split(self) -> None:
         truth = made_volume()
         slices = ct_slices(truth)
@@ -287,6 +297,28 @@ class TestLocalizers:
         for ds in slices:
             ds.ImageType = ["ORIGINAL", "PRIMARY", "LOCALIZER"]
         assert refusal(slices).reason == "LOCALIZER_ONLY"
+
+    @pytest.mark.parametrize("value", ["MIP", "PROJECTION IMAGE", "SCREEN SAVE"])
+    def test_projections_are_dropped(self, value: str) -> None:
+        truth = made_volume()
+        slices = ct_slices(truth)
+        for z in (1, 4):
+            projection = deepcopy(slices[z])
+            projection.SOPInstanceUID += ".9"
+            projection.ImageType = ["DERIVED", "SECONDARY", value]
+            set_stored(projection, np.full((5, 7), 3000))
+            slices.append(projection)
+        volume, _, warnings = load(slices)
+        check_equal(volume, truth)
+        assert warnings == ("PROJECTION_DROPPED",)
+        assert refusal(slices[6:]).reason == "PROJECTION_ONLY"
+
+    @pytest.mark.parametrize("values", [["ORIGINAL", "SECONDARY", "AXIAL"], ["DERIVED", "PRIMARY", "AXIAL", "ADD"]])
+    def test_derived_and_secondary_slices_are_slices(self, values: list[str]) -> None:
+        slices = ct_slices(made_volume())
+        for ds in slices:
+            ds.ImageType = values
+        check_equal(load(slices)[0], made_volume())
 
     def test_two_stacks_are_refused(self) -> None:
         slices = ct_slices(made_volume())

@@ -10,13 +10,18 @@ from pydicom.encaps import encapsulate, generate_frames
 from mp3d.config import GeometryPolicy
 from mp3d.data.dicom import StoredSlice, group_series, load_volume
 from mp3d.errors import Refusal
-from tests.dicom_files import SERIES_UID, ct_slices, enhanced, made_volume, random_orientation, set_stored, to_bytes
+from tests.dicom_files import (
+    FUNCTIONAL_GROUPS,
+    SERIES_UID,
+    ct_slices,
+    enhanced,
+    made_volume,
+    random_orientation,
+    set_stored,
+    to_bytes,
+)
 from tests.test_dicom import SYNTAXES, check_equal, dcmread_bytes, rewritten
 
-ALL = (
-    *("PlanePositionSequence", "PlaneOrientationSequence", "PixelMeasuresSequence", "FrameContentSequence"),
-    *("PixelValueTransformationSequence", "CTImageFrameTypeSequence"),
-)
 TRUTH = made_volume(shape=(5, 33, 37), orientation=random_orientation(np.random.default_rng(1)))
 
 
@@ -40,7 +45,7 @@ def refused(file: bytes) -> Refusal:
     return refusal
 
 
-@pytest.mark.parametrize("own", [("PlanePositionSequence",), ALL], ids=["shared", "own"])
+@pytest.mark.parametrize("own", [("PlanePositionSequence",), FUNCTIONAL_GROUPS], ids=["shared", "own"])
 @pytest.mark.parametrize("syntax", [one for one in SYNTAXES if "Deflated" not in one.name], ids=lambda one: one.name)
 def test_is_the_volume_of_its_frames(own: tuple[str, ...], syntax: uid.UID) -> None:
     slices = ct_slices(TRUTH)
@@ -61,7 +66,7 @@ def test_each_frame_has_its_own_slope() -> None:
         set_stored(ds, stored)
         ds.RescaleSlope, ds.RescaleIntercept = str(slope), str(intercept)
         exact[z] = slope * stored + intercept
-    volume, _, _ = load(to_bytes(enhanced(slices, ALL)))
+    volume, _, _ = load(to_bytes(enhanced(slices, FUNCTIONAL_GROUPS)))
     assert np.abs(volume.hu - exact).max() <= 0.5 + 1e-3
 
 
@@ -93,7 +98,7 @@ def test_phases_in_one_image_are_split() -> None:
     for ds in ct_slices(second):
         ds.AcquisitionNumber = 2
         slices.append(ds)
-    listing = group_series({"one": to_bytes(enhanced(slices, ALL))})
+    listing = group_series({"one": to_bytes(enhanced(slices, FUNCTIONAL_GROUPS))})
     assert len({series.key for series in listing.series}) == len({series.series for series in listing.series}) == 2
     for series, truth in zip(listing.series, (first, second), strict=True):
         assert series.warnings == ("SPLIT_BY_ACQUISITION",)
@@ -103,10 +108,10 @@ def test_phases_in_one_image_are_split() -> None:
 def test_stacks_and_localizers_inside() -> None:
     slices = ct_slices(made_volume())
     scout = ct_slices(made_volume(shape=(1, 5, 7), orientation=(0, 1, 0, 0, 0, -1)))
-    ds = enhanced([*scout, *slices], ALL)
+    ds = enhanced([*scout, *slices], FUNCTIONAL_GROUPS)
     check_equal(load(to_bytes(ds))[0], made_volume())
     slices = ct_slices(made_volume(shape=(12, 5, 7)))
-    ds = enhanced(slices, ALL)
+    ds = enhanced(slices, FUNCTIONAL_GROUPS)
     for group in ds.PerFrameFunctionalGroupsSequence[6:]:
         group.CTImageFrameTypeSequence[0].FrameType = ["DERIVED", "PRIMARY", "VOLUME", "MAXIMUM"]
     volume, _, warnings = load(to_bytes(ds))

@@ -23,6 +23,8 @@ UNIT_TOLERANCE = 0.01
 MAX_POSITION_MM = 1e5
 MAX_PIXEL_SPACING_MM = 10.0
 MAX_SLICE_SPACING_MM = 50.0
+WHOLE_ROW_TOLERANCE = 1e-4
+"""A row offset that is whole but for the decimals of the positions loses no row to interpolation."""
 MAX_TILT_DEG = 35.0
 """No gantry tilts further."""
 MAX_RESAMPLED_GAP_MM = 10.0
@@ -147,6 +149,8 @@ def stack_grid(
     row_offsets = np.zeros(len(positions))
     if tilted:
         row_offsets = places * (step @ directions[:, 1]) / spacing_yx_mm[0]
+        whole = np.rint(row_offsets)
+        row_offsets = np.where(np.abs(row_offsets - whole) <= WHOLE_ROW_TOLERANCE, whole, row_offsets)
     tilt = float(np.arctan2(step @ directions[:, 1], step @ directions[:, 2])) if tilted else 0.0
     if tilted or resampled:
         step = (step @ directions[:, 2]) * directions[:, 2]
