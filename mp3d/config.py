@@ -256,7 +256,13 @@ class ServeConfig(Config):
     """Largest sum of the files in the zip."""
     max_slices: PositiveInt = 2000
     """Most files in the zip."""
-    geometry: GeometryPolicy = GeometryPolicy()
+    tilt: Literal["refuse", "shear"] = "refuse"
+    """See :class:`GeometryPolicy`."""
+    uneven: Literal["refuse", "resample"] = "refuse"
+
+    @property
+    def geometry(self) -> GeometryPolicy:
+        return GeometryPolicy(tilt=self.tilt, uneven=self.uneven)
 
 
 class SweepConfig(Config):

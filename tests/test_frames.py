@@ -10,6 +10,8 @@ from pydicom.encaps import encapsulate, generate_frames
 from mp3d.config import GeometryPolicy
 from mp3d.data.dicom import StoredSlice, group_series, load_volume
 from mp3d.errors import Refusal
+from mp3d.predict import Finding
+from mp3d.serving.engine import finding_out
 from tests.dicom_files import (
     FUNCTIONAL_GROUPS,
     SERIES_UID,
@@ -90,6 +92,13 @@ def test_frames_of_several_fragments_are_found_by_the_offset_table() -> None:
     assert refused(rewritten(ds)).reason == "DECODE_FAILED"
     ds.PixelData = encapsulate(frames[:4], has_bot=False)
     assert refused(rewritten(ds)).reason == "DECODE_FAILED"
+
+
+def test_an_image_that_lies_there_twice_is_used_once() -> None:
+    file = to_bytes(enhanced(ct_slices(TRUTH)))
+    volume, _, warnings = load(file, file)
+    check_equal(volume, TRUTH)
+    assert "DUPLICATE_DROPPED" in warnings
 
 
 def test_phases_in_one_image_are_split() -> None:
@@ -182,3 +191,10 @@ def _write(folder, file: bytes):
     path = folder / "whole.dcm"
     path.write_bytes(file)
     return path
+
+
+def test_a_finding_names_its_frame() -> None:
+    finding = Finding((1, 2, 3, 4), 0, ((0, 0, 0),) * 4, (0, 0, 0), 2.0, 0.5, 1)
+    told = finding_out(finding, StoredSlice("1.2.3", frame=7, row_offset=0.5))
+    assert (told.sop_instance_uid, told.frame_number, told.box_px) == ("1.2.3", 7, (1, 1.5, 3, 3.5))
+    assert finding_out(finding, StoredSlice("1.2.3")).frame_number is None

@@ -1,5 +1,7 @@
 """Corrections of a stack that was asked to be corrected: tilt, uneven spacing; and what hangs on them."""
 
+import io
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +17,8 @@ from mp3d.data.regrid import AIR_HU
 from mp3d.data.series import CTSeries, Volume
 from mp3d.errors import Refusal
 from mp3d.predict import Predictor
-from mp3d.serving.engine import Engine
-from mp3d.serving.schema import ModelOut
+from mp3d.serving.engine import Engine, read_series
+from mp3d.serving.schema import ModelOut, Rejected
 from tests.dicom_files import ct_slices, enhanced, made_volume, structure_set, to_bytes, to_files
 from tests.serving_world import BrightBoxes, tiny_config, zip_of
 from tests.test_rtstruct import outline
@@ -106,7 +108,7 @@ class TestTilt:
             (tmp_path / "CT" / Path(name).name).write_bytes(file)
         model = ModelOut(name="bright", digest="d", config_hash="c", epoch=1, score=0.5, num_classes=1)
         predictor = Predictor(BrightBoxes(), tiny_config().clip, 0.5, torch.device("cpu"))
-        engine = Engine(predictor, model, ServeConfig(checkpoint="none", geometry=SHEAR))
+        engine = Engine(predictor, model, ServeConfig(checkpoint="none", tilt="shear"))
         answer = engine.answer(zip_of(tmp_path / "CT"))
         (found,) = answer.findings
         assert answer.warnings == ("TILT_CORRECTED",)
@@ -138,6 +140,17 @@ class TestUnevenSpacing:
         step = MAX_RESAMPLED_GAP_MM * 0.6
         with pytest.raises(Refusal, match=r"UNEVEN_SPACING.*across 10\.000 mm at most"):
             load(moved(6, [0, step, 3 * step, 4 * step, 5 * step, 6 * step]), RESAMPLE)
+
+    def test_the_endpoint_resamples_where_it_is_told_to(self) -> None:
+        body = io.BytesIO()
+        with zipfile.ZipFile(body, "w") as archive:
+            for name, file in to_files(moved(6, [0, 2, 4, 5, 7, 9])).items():
+                archive.writestr(name, file)
+        with pytest.raises(Rejected, match="uneven = resample") as caught:
+            read_series(body.getvalue(), ServeConfig(checkpoint="none"))
+        assert caught.value.reason == "UNEVEN_SPACING"
+        series = read_series(body.getvalue(), ServeConfig(checkpoint="none", uneven="resample"))
+        assert (len(series.volume.hu), len(series.stored), series.warnings) == (5, 5, ("UNEVEN_RESAMPLED",))
 
     def test_even_series_are_left_as_they_are(self) -> None:
         volume, _, warnings = load(ct_slices(made_volume()), RESAMPLE)
