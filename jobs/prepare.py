@@ -4,7 +4,7 @@
     ray job submit --working-dir . -- python jobs/prepare.py --out /mnt/shards/ct dicom --root /mnt/ct
 
 A run that was stopped goes on when the same command is given again. What cannot be used is refused with a reason, and
-named on the terminal and in OUT-private/sources.json; the shards hold no names.
+named in OUT-private/sources.json and, where the output is a terminal, there; neither shards nor logs hold names.
 """
 
 import difflib
@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options, read = parse(sys.argv[1:] if argv is None else argv)
     out = _absolute(options.out)
     arguments = {name: _absolute(value) for name, value in read.keywords.items()}
-    print(f"listing {arguments['root']} ...")
+    print("listing the data set ...")
     source = read.func(**arguments)
     splits = assign_splits(source.items, options.split_fractions, options.split_seed)
     if options.dry_run:
@@ -161,7 +161,8 @@ def print_result(result: PrepareResult, source: Source) -> None:
     for warning, count in result.warnings.items():
         print(f"tolerated: {warning} in {count} series")
     for key, reject in result.rejects[:SHOWN_REJECTS]:
-        name = key.encode(errors="backslashreplace").decode()  # file names may be no valid text
+        # A log is kept and passed on, and names of files may be names of patients; they may also be no valid text.
+        name = key.encode(errors="backslashreplace").decode() if sys.stdout.isatty() else reject.source
         print(f"refused: {name}: {reject.reason}: {reject.detail}")
     if len(result.rejects) > SHOWN_REJECTS:
         print(f"refused: {len(result.rejects) - SHOWN_REJECTS} more; reasons are in manifest.json")

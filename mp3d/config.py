@@ -230,6 +230,15 @@ class TrainConfig(Config):
         return self.model_dump(mode="json", exclude={"launch", "tracking"})
 
 
+class GeometryPolicy(Config):
+    """What happens to a DICOM series that is no regular orthogonal stack, but could be made one."""
+
+    tilt: Literal["refuse", "shear"] = "refuse"
+    """A stack that a tilted gantry sheared: refuse it, or shift its rows back."""
+    uneven: Literal["refuse", "resample"] = "refuse"
+    """Uneven slice spacing: refuse it, or interpolate an even one where no gap is too wide for it."""
+
+
 class ServeConfig(Config):
     """The endpoint. Model and clip are not here: the checkpoint knows them."""
 
@@ -247,6 +256,13 @@ class ServeConfig(Config):
     """Largest sum of the files in the zip."""
     max_slices: PositiveInt = 2000
     """Most files in the zip."""
+    tilt: Literal["refuse", "shear"] = "refuse"
+    """See :class:`GeometryPolicy`."""
+    uneven: Literal["refuse", "resample"] = "refuse"
+
+    @property
+    def geometry(self) -> GeometryPolicy:
+        return GeometryPolicy(tilt=self.tilt, uneven=self.uneven)
 
 
 class SweepConfig(Config):

@@ -15,6 +15,10 @@ from mp3d.data.series import Volume
 SERIES_UID = "1.2.826.0.1.3680043.8.498.1"
 STUDY_UID = "1.2.826.0.1.3680043.8.498.2"
 FRAME_UID = "1.2.826.0.1.3680043.8.498.3"
+FUNCTIONAL_GROUPS = (
+    *("PlanePositionSequence", "PlaneOrientationSequence", "PixelMeasuresSequence", "FrameContentSequence"),
+    *("PixelValueTransformationSequence", "CTImageFrameTypeSequence"),
+)
 
 
 def made_volume(
@@ -68,6 +72,48 @@ def ct_slices(volume: Volume) -> list[Dataset]:
     return slices
 
 
+def enhanced(slices: Sequence[Dataset], own: Sequence[str] = ("PlanePositionSequence",)) -> Dataset:
+    """The slices as one Enhanced CT image, frames in the order given.
+
+    Args:
+        slices: as :func:`ct_slices` makes them.
+        own: functional groups that each frame has for itself; the others are shared and the first slice's.
+    """
+    first = slices[0]
+    ds = Dataset()
+    ds.SOPClassUID, ds.SOPInstanceUID = uid.EnhancedCTImageStorage, f"{SERIES_UID}.0.2"
+    for keyword in (
+        *("Modality", "PatientName", "PatientID", "StudyInstanceUID", "SeriesInstanceUID", "FrameOfReferenceUID"),
+        *("ImageType", "SamplesPerPixel", "PhotometricInterpretation", "Rows", "Columns", "BitsAllocated"),
+        *("BitsStored", "HighBit", "PixelRepresentation"),
+    ):
+        setattr(ds, keyword, getattr(first, keyword))
+    ds.InstanceNumber, ds.NumberOfFrames = 1, len(slices)
+    groups = [_functional_groups(one) for one in slices]
+    ds.SharedFunctionalGroupsSequence = [
+        _item(**{macro: [item] for macro, item in groups[0].items() if macro not in own})
+    ]
+    ds.PerFrameFunctionalGroupsSequence = [
+        _item(**{macro: [item] for macro, item in group.items() if macro in own}) for group in groups
+    ]
+    ds.PixelData = b"".join(one.PixelData for one in slices)
+    ds["PixelData"].VR = "OW"
+    return ds
+
+
+def _functional_groups(ds: Dataset) -> dict[str, Dataset]:
+    return {
+        "PlanePositionSequence": _item(ImagePositionPatient=ds.ImagePositionPatient),
+        "PlaneOrientationSequence": _item(ImageOrientationPatient=ds.ImageOrientationPatient),
+        "PixelMeasuresSequence": _item(PixelSpacing=ds.PixelSpacing, SliceThickness=ds.SliceThickness),
+        "PixelValueTransformationSequence": _item(
+            RescaleSlope=ds.RescaleSlope, RescaleIntercept=ds.RescaleIntercept, RescaleType="HU"
+        ),
+        "CTImageFrameTypeSequence": _item(FrameType=[*ds.ImageType, *["NONE"][: 4 - len(ds.ImageType)]]),
+        "FrameContentSequence": _item(FrameAcquisitionNumber=ds.AcquisitionNumber),
+    }
+
+
 def set_stored(ds: Dataset, stored: np.ndarray) -> None:
     """Put stored values into Pixel Data, uncompressed little endian."""
     ds.PixelData = (np.asarray(stored).astype(np.int64) & 0xFFFF).astype("<u2").tobytes()
@@ -84,8 +130,9 @@ def to_bytes(ds: Dataset, syntax: uid.UID = uid.ExplicitVRLittleEndian) -> bytes
     if syntax in (uid.RLELossless, uid.JPEGLSLossless):
         ds.compress(syntax, generate_instance_uid=False)
     elif syntax in (uid.JPEG2000Lossless, uid.HTJ2KLossless):
-        stored = np.frombuffer(ds.PixelData, "<i2" if ds.PixelRepresentation else "<u2").reshape(ds.Rows, ds.Columns)
-        ds.PixelData = encapsulate([encode_array(stored, bits_stored=ds.BitsStored)])
+        stored = np.frombuffer(ds.PixelData, "<i2" if ds.PixelRepresentation else "<u2")
+        frames = stored.reshape(-1, ds.Rows, ds.Columns)
+        ds.PixelData = encapsulate([encode_array(frame, bits_stored=ds.BitsStored) for frame in frames])
         ds["PixelData"].VR = "OB"
         ds["PixelData"].is_undefined_length = True
     elif syntax == uid.ExplicitVRBigEndian:

@@ -12,7 +12,7 @@ import SimpleITK as sitk
 from pydicom import Dataset, dcmread, uid
 from pydicom.encaps import encapsulate
 
-from mp3d.data.dicom import WARNINGS, Listing, group_series, load_volume, read_header, read_hu
+from mp3d.data.dicom import WARNINGS, Listing, StoredSlice, group_series, load_volume, read_header, read_hu
 from mp3d.data.dicom.elements import MAX_INFLATED_BYTES
 from mp3d.data.dicom.pixels import read_stored
 from mp3d.data.series import Volume
@@ -33,13 +33,13 @@ LARGER = made_volume(shape=(4, 33, 37))
 """JPEG 2000 is written here from 32 x 32 pixels on."""
 
 
-def load(slices: list[Dataset], seed: int = 0) -> tuple[Volume, tuple[str, ...], tuple[str, ...]]:
+def load(slices: list[Dataset], seed: int = 0) -> tuple[Volume, tuple[StoredSlice, ...], tuple[str, ...]]:
     listing = group_series(to_files(slices, seed=seed))
     assert not listing.refused
     (series,) = listing.series
-    volume, uids, warnings = load_volume(series)
+    volume, stored, warnings = load_volume(series)
     assert set(warnings) <= set(WARNINGS)
-    return volume, uids, warnings
+    return volume, stored, warnings
 
 
 def refusal(slices: list[Dataset]) -> Refusal:
@@ -73,9 +73,9 @@ class TestGeometry:
             seed=seed,
         )
         slices = ct_slices(truth)
-        volume, uids, _ = load(slices, seed)
+        volume, stored, _ = load(slices, seed)
         check_equal(volume, truth)
-        assert uids == tuple(ds.SOPInstanceUID for ds in slices)
+        assert stored == tuple(StoredSlice(ds.SOPInstanceUID) for ds in slices)
         assert np.linalg.det(volume.affine[:3, :3]) > 0
 
     def test_axial_order_is_ascending_in_z_whatever_the_instance_number(self) -> None:
@@ -253,6 +253,16 @@ class TestDuplicates:
         assert len({series.series for series in listing.series}) == 2
         assert all(series.warnings == ("SPLIT_BY_ACQUISITION",) for series in listing.series)
 
+    def test_phases_in_two_kernels_are_four(self) -> None:
+        slices = []
+        for seed, (phase, kernel) in enumerate([(1, "B30f"), (1, "B70f"), (2, "B30f"), (2, "B70f")]):
+            for ds in ct_slices(made_volume(seed=seed)):
+                ds.SOPInstanceUID += f".{seed}"
+                ds.AcquisitionNumber, ds.ConvolutionKernel = phase, kernel
+                slices.append(ds)
+        volumes = [load_volume(series)[0] for series in group_series(to_files(slices)).series]
+        assert {volume.hu.tobytes() for volume in volumes} == {made_volume(seed=n).hu.tobytes() for n in range(4)}
+
     def test_acquisition_numbers_alone_do_not_split(self) -> None:
         truth = made_volume()
         slices = ct_slices(truth)
@@ -287,6 +297,28 @@ class TestLocalizers:
         for ds in slices:
             ds.ImageType = ["ORIGINAL", "PRIMARY", "LOCALIZER"]
         assert refusal(slices).reason == "LOCALIZER_ONLY"
+
+    @pytest.mark.parametrize("value", ["MIP", "PROJECTION IMAGE", "SCREEN SAVE"])
+    def test_projections_are_dropped(self, value: str) -> None:
+        truth = made_volume()
+        slices = ct_slices(truth)
+        for z in (1, 4):
+            projection = deepcopy(slices[z])
+            projection.SOPInstanceUID += ".9"
+            projection.ImageType = ["DERIVED", "SECONDARY", value]
+            set_stored(projection, np.full((5, 7), 3000))
+            slices.append(projection)
+        volume, _, warnings = load(slices)
+        check_equal(volume, truth)
+        assert warnings == ("PROJECTION_DROPPED",)
+        assert refusal(slices[6:]).reason == "PROJECTION_ONLY"
+
+    @pytest.mark.parametrize("values", [["ORIGINAL", "SECONDARY", "AXIAL"], ["DERIVED", "PRIMARY", "AXIAL", "ADD"]])
+    def test_derived_and_secondary_slices_are_slices(self, values: list[str]) -> None:
+        slices = ct_slices(made_volume())
+        for ds in slices:
+            ds.ImageType = values
+        check_equal(load(slices)[0], made_volume())
 
     def test_two_stacks_are_refused(self) -> None:
         slices = ct_slices(made_volume())
@@ -442,8 +474,6 @@ class TestGrouping:
         [
             (lambda ds: setattr(ds, "Modality", "MR"), "NOT_CT"),
             (lambda ds: setattr(ds, "SOPClassUID", uid.SecondaryCaptureImageStorage), "NOT_CT"),
-            (lambda ds: setattr(ds, "SOPClassUID", uid.EnhancedCTImageStorage), "MULTIFRAME_UNSUPPORTED"),
-            (lambda ds: setattr(ds, "NumberOfFrames", 2), "MULTIFRAME_UNSUPPORTED"),
             (lambda ds: setattr(ds, "Rows", 6), "PIXEL_LENGTH"),
             (lambda ds: setattr(ds, "PixelData", ds.PixelData[:-2]), "PIXEL_LENGTH"),
             (lambda ds: setattr(ds, "PixelData", ds.PixelData + bytes(2)), "PIXEL_LENGTH"),

@@ -2,11 +2,13 @@
 
 import os
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
 
-from mp3d.data.dicom import group_series, load_volume, read_header, read_hu
+from mp3d.config import GeometryPolicy
+from mp3d.data.dicom import StoredSlice, group_series, load_volume, read_header, read_hu
 from mp3d.data.dicom_folder import read_dicom
 from mp3d.data.nifti import load_image, load_mask, read_nifti
 from mp3d.data.series import CTSeries, Volume
@@ -18,7 +20,7 @@ pytestmark = pytest.mark.skipif(not SHARED.is_dir(), reason=f"no shared data in 
 STS_VOXELS = {"STS_019": 5564, "STS_025": 9655, "STS_042": 11175}
 
 
-def only_series(folder: str) -> tuple[Volume, tuple[str, ...], tuple[str, ...]]:
+def only_series(folder: str) -> tuple[Volume, tuple[StoredSlice, ...], tuple[str, ...]]:
     return load_volume(*group_series(SHARED / folder).series)
 
 
@@ -76,15 +78,55 @@ class TestLidc:
 
     def test_the_slices_keep_their_uids(self) -> None:
         (series, _) = group_series(SHARED / "lidc").series
-        volume, uids, _ = load_volume(series)
+        volume, stored, _ = load_volume(series)
         headers = {header.sop_instance_uid: header for header in series.slices}
-        heights = [headers[uid].image_position_patient[2] for uid in uids]
-        np.testing.assert_allclose(heights, volume.affine[2, 3] + volume.affine[2, 2] * np.arange(len(uids)))
+        heights = [headers[uid].image_position_patient[2] for uid, _, _ in stored]
+        np.testing.assert_allclose(heights, volume.affine[2, 3] + volume.affine[2, 2] * np.arange(len(stored)))
 
 
-def test_tilted_gantry_is_refused_by_name() -> None:
-    with pytest.raises(Refusal, match=r"GANTRY_TILT.* 18\.5 degrees"):
-        only_series("odd/gantry_tilt_variable_spacing_GE")
+class TestTiltedGantry:
+    """A head in two stacks, of 4 and 7 mm, sheared by 18.5 degrees."""
+
+    FOLDER = SHARED / "odd" / "gantry_tilt_variable_spacing_GE"
+
+    @pytest.mark.parametrize("uneven", ["refuse", "resample"])
+    def test_is_refused_by_name(self, uneven: Literal["refuse", "resample"]) -> None:
+        policy = GeometryPolicy(uneven=uneven)
+        for series in group_series(self.FOLDER, policy).series:
+            with pytest.raises(Refusal, match=r"GANTRY_TILT.* 18\.5 degrees"):
+                load_volume(series, policy)
+
+    def test_is_sheared_back_stack_by_stack(self) -> None:
+        policy = GeometryPolicy(tilt="shear")
+        spacings = []
+        for series in group_series(self.FOLDER, policy).series:
+            volume, stored, warnings = load_volume(series, policy)
+            assert warnings == ("SPLIT_BY_SPACING", "TILT_CORRECTED")
+            spacings.append(volume.spacing_mm[0])
+            gram = volume.affine[:3, :3].T @ volume.affine[:3, :3]
+            np.testing.assert_allclose(gram - np.diag(np.diag(gram)), 0, atol=1e-6)  # orthogonal
+            headers = {header.sop_instance_uid: header for header in series.slices}
+            for z, origin in enumerate(stored):
+                header = headers[origin.sop_instance_uid]
+                first_pixel = (volume.affine @ [0, origin.row_offset, z, 1])[:3]
+                np.testing.assert_allclose(first_pixel, header.image_position_patient, atol=1e-4)
+                hu = np.maximum(read_hu(header), -1024).astype(float)
+                at = np.arange(len(hu)) + np.ceil(origin.row_offset) - origin.row_offset
+                rows = slice(int(np.ceil(origin.row_offset)), int(np.ceil(origin.row_offset)) + len(hu) - 1)
+                expected = np.array([np.interp(at[:-1], np.arange(len(hu)), column) for column in hu.T[::64]]).T
+                assert np.abs(volume.hu[z, rows, ::64] - expected).max() <= 0.501
+        assert sorted(spacings) == pytest.approx([4.002, 6.999], abs=1e-3)
+
+    def test_is_one_even_volume_when_both_are_asked_for(self) -> None:
+        policy = GeometryPolicy(tilt="shear", uneven="resample")
+        volume, stored, warnings = load_volume(*group_series(self.FOLDER, policy).series, policy)
+        assert warnings == ("TILT_CORRECTED", "UNEVEN_RESAMPLED")
+        assert volume.hu.shape == (37, 611, 512)
+        assert len(set(stored)) == 28
+        lowest = min(group_series(self.FOLDER).series[0].slices, key=lambda header: header.image_position_patient[2])
+        assert stored[0] == (lowest.sop_instance_uid, 0, 99)
+        np.testing.assert_array_equal(volume.hu[0, 99:], np.maximum(read_hu(lowest), -1024))
+        assert (volume.hu[0, :99] == -1024).all()
 
 
 def test_six_transfer_syntaxes_give_equal_hu() -> None:
@@ -97,12 +139,12 @@ def test_six_transfer_syntaxes_give_equal_hu() -> None:
 
 class TestLiver:
     def test_over_anonymised_jpeg_2000(self) -> None:
-        volume, uids, warnings = only_series("liver/totalsegmentator/example_ct_dicom")
+        volume, stored, warnings = only_series("liver/totalsegmentator/example_ct_dicom")
         assert warnings == ("EMPTY_SERIES_UID", "UNKNOWN_PATIENT")
         assert volume.hu.shape == (20, 512, 512)
         assert (volume.hu.min(), volume.hu.max()) == (-1024, 1839)
         assert volume.spacing_mm == pytest.approx((2, 0.9765625, 0.9765625))  # the slices are 3 mm thick
-        assert len(set(uids)) == 20  # from the meta information
+        assert len(set(stored)) == 20  # from the meta information
         liver = load_mask(SHARED / "liver" / "totalsegmentator" / "example_seg_dicom.nii.gz", volume, 117) == 5
         assert liver.sum() == 366_708
         assert volume.hu[liver].mean() == pytest.approx(89, abs=1)

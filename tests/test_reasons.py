@@ -4,7 +4,7 @@ import ast
 from pathlib import Path
 
 import mp3d.data
-from mp3d.data.reasons import REASONS, WARNINGS
+from mp3d.data.reasons import REASONS, WARNINGS, as_markdown
 
 FOLDER = Path(mp3d.data.__path__[0])
 
@@ -42,3 +42,8 @@ def test_each_says_what_and_what_to_do() -> None:
         assert meaning.endswith(".")
     assert all(meaning.count(". ") >= 1 for meaning in REASONS.values())
     assert not REASONS.keys() & WARNINGS.keys()
+
+
+def test_the_document_is_up_to_date() -> None:
+    document = Path(__file__).parents[1] / "docs" / "reasons.md"
+    assert document.read_text() == as_markdown(), "python -m mp3d.data.reasons > docs/reasons.md"

@@ -1,13 +1,15 @@
-"""The geometry gate: slice positions and orientations to the affine of a regular stack, or a named refusal.
+"""The geometry gate: slice positions and orientations to the grid of a regular stack, or a named refusal.
 
 Series readers without it accept gaps, duplicates and tilt silently. All coordinates are LPS millimetres.
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int
 
+from mp3d.config import GeometryPolicy
 from mp3d.errors import Refusal
 
 POSITION_TOLERANCE_MM = 0.05
@@ -21,6 +23,14 @@ UNIT_TOLERANCE = 0.01
 MAX_POSITION_MM = 1e5
 MAX_PIXEL_SPACING_MM = 10.0
 MAX_SLICE_SPACING_MM = 50.0
+WHOLE_ROW_TOLERANCE = 1e-4
+"""A row offset that is whole but for the decimals of the positions loses no row to interpolation."""
+MAX_TILT_DEG = 35.0
+"""No gantry tilts further."""
+MAX_RESAMPLED_GAP_MM = 10.0
+MAX_RESAMPLED_GAP = 2.5
+"""Uneven slices are not interpolated across a gap above so many times their median step, nor above 10 mm: where one
+slice is missing, its place can be guessed from its neighbours; where two are, a small lesion may be gone."""
 MIN_SLICES = 3
 """With fewer there is no second gap to compare a gap with, so a missing slice cannot be seen."""
 
@@ -76,74 +86,144 @@ def same_positions(distances: Float[np.ndarray, " n"]) -> list[list[int]]:
     return [group.tolist() for group in np.split(np.arange(len(distances)), breaks) if len(group) > 1]
 
 
-def stack_affine(
+class Grid(NamedTuple):
+    """Where a regular orthogonal stack lies, and how the slices at hand come to lie on it.
+
+    Attributes:
+        affine: (column, row, slice, 1) to LPS mm; row 0 is the first row of the first slice.
+        row_offsets: ``(n,)`` rows by which each slice at hand must be moved down its columns; all 0 without tilt.
+        positions: ``(d,)`` places of the stack's slices in (fractional) numbers of the slices at hand; None: the same.
+        tilt_deg: of the gantry; 0 where nothing is to be corrected.
+    """
+
+    affine: Float[np.ndarray, "4 4"]
+    row_offsets: Float[np.ndarray, " n"]
+    positions: Float[np.ndarray, " d"] | None
+    tilt_deg: float
+
+
+def stack_grid(
     positions: Float[np.ndarray, "n 3"],
     directions: Float[np.ndarray, "3 3"],
     spacing_yx_mm: Sequence[float],
     labels: Sequence[str],
-) -> Float[np.ndarray, "4 4"]:
-    """Affine of slices that are in ascending order along the normal: (column, row, slice, 1) to LPS mm.
+    policy: GeometryPolicy | None = None,
+) -> Grid:
+    """Grid of slices that are in ascending order along the normal.
 
-    Origin and slice step are the least squares fit to all positions.
+    Origin and slice step are the least squares fit to all positions. Of a sheared stack only the part of the step along
+    the normal stays; an uneven one gets its median step, from its first slice on.
 
     Args:
         positions: centre of each slice's first pixel.
         directions: as :func:`direction_cosines` gives them.
         labels: how messages call each slice.
+        policy: what may be corrected; None: nothing.
 
     Raises:
         Refusal: ``TOO_FEW_SLICES``, ``BAD_SPACING``, ``GANTRY_TILT``, ``SHIFTED_SLICE``, ``MISSING_SLICE`` or
             ``UNEVEN_SPACING``.
     """
+    policy = policy or GeometryPolicy()
     if len(positions) < MIN_SLICES:
         detail = f"{len(positions)} slices, {MIN_SLICES} are needed to see that none is missing"
         raise Refusal("TOO_FEW_SLICES", f"{detail}; fetch the whole series")
     distances = (positions - positions[0]) @ directions[:, 2]
-    steps = np.diff(distances)
-    check_slice_spacing(float(np.median(steps)))
-    _check_perpendicular(positions, directions, distances, labels)
-    _check_even(distances, steps, labels)
-    origin, step = _fitted_line(positions)
+    spacing = float(np.median(np.diff(distances)))
+    check_slice_spacing(spacing)
+    tilted = _is_tilted(positions, directions, distances, labels)
+    if tilted and policy.tilt == "refuse":
+        angle = np.degrees(np.arctan(np.linalg.norm(_slope(positions, directions, distances))))
+        raise Refusal(
+            "GANTRY_TILT",
+            f"the slice positions (0020,0032) run {angle:.1f} degrees off the slice normal (0020,0037): the stack is "
+            "sheared; have it sheared back (tilt = shear), or leave the series out",
+        )
+    resampled = policy.uneven == "resample" and not is_even(distances)
+    if resampled:
+        _check_gaps(distances, labels)
+    else:
+        _check_even(distances, labels)
+    places = distances / spacing if resampled else np.arange(len(positions), dtype=np.float64)
+    origin, step = _fitted_line(places, positions)
+    row_offsets = np.zeros(len(positions))
+    if tilted:
+        row_offsets = places * (step @ directions[:, 1]) / spacing_yx_mm[0]
+        whole = np.rint(row_offsets)
+        row_offsets = np.where(np.abs(row_offsets - whole) <= WHOLE_ROW_TOLERANCE, whole, row_offsets)
+    tilt = float(np.arctan2(step @ directions[:, 1], step @ directions[:, 2])) if tilted else 0.0
+    if tilted or resampled:
+        step = (step @ directions[:, 2]) * directions[:, 2]
     affine = np.eye(4)
     affine[:3, 0] = directions[:, 0] * spacing_yx_mm[1]
     affine[:3, 1] = directions[:, 1] * spacing_yx_mm[0]
     affine[:3, 2] = step
     affine[:3, 3] = origin
-    return np.round(affine, 9) + 0.0  # below a picometre it is noise of the fit; no negative zeros
+    affine = np.round(affine, 9) + 0.0  # below a picometre it is noise of the fit; no negative zeros
+    return Grid(affine, row_offsets, _even_positions(places) if resampled else None, float(np.degrees(tilt)))
 
 
-def _fitted_line(values: Float[np.ndarray, "n k"]) -> tuple[Float[np.ndarray, " k"], Float[np.ndarray, " k"]]:
-    """Least squares line through values at 0, 1, 2, ...: its value at 0 and its step."""
-    index = np.arange(len(values)) - (len(values) - 1) / 2
-    step = index @ values / (index @ index)
-    return values.mean(axis=0) + index[0] * step, step
+def is_even(distances: Float[np.ndarray, " n"]) -> bool:
+    """Whether slices at these ascending distances along the normal lie on a regular grid."""
+    if (np.diff(distances) <= POSITION_TOLERANCE_MM).any():
+        return False
+    try:
+        _check_even(distances, [""] * len(distances))
+    except Refusal:
+        return False
+    return True
+
+
+def _even_positions(places: Float[np.ndarray, " n"]) -> Float[np.ndarray, " d"]:
+    """Places 0, 1, 2, ... up to the last slice, in fractional slice numbers."""
+    hair = 1e-6  # so that the last slice is not lost to rounding
+    return np.interp(np.arange(np.floor(places[-1] + hair) + 1), places, np.arange(len(places)))
+
+
+def _fitted_line(
+    at: Float[np.ndarray, " n"], values: Float[np.ndarray, "n k"]
+) -> tuple[Float[np.ndarray, " k"], Float[np.ndarray, " k"]]:
+    """Least squares line through values: its value at 0 and its step."""
+    centred = at - at.mean()
+    step = centred @ values / (centred @ centred)
+    return values.mean(axis=0) - at.mean() * step, step
 
 
 def _tolerance_mm(spacing_mm: float) -> float:
     return max(POSITION_TOLERANCE_MM, POSITION_TOLERANCE * spacing_mm)
 
 
-def _check_perpendicular(
+def _slope(
+    positions: Float[np.ndarray, "n 3"], directions: Float[np.ndarray, "3 3"], distances: Float[np.ndarray, " n"]
+) -> Float[np.ndarray, " 2"]:
+    """Millimetres sideways (along a row, along a column) for each along the normal, through the first slice."""
+    return distances @ ((positions - positions[0]) @ directions[:, :2]) / (distances @ distances)
+
+
+def _is_tilted(
     positions: Float[np.ndarray, "n 3"],
     directions: Float[np.ndarray, "3 3"],
     distances: Float[np.ndarray, " n"],
     labels: Sequence[str],
-) -> None:
-    """Slices must lie above one another along the normal, not beside."""
+) -> bool:
+    """Slices must lie above one another along the normal, not beside, unless a gantry tilt shears them evenly."""
     sideways = (positions - positions[0]) @ directions[:, :2]
     allowed = _tolerance_mm(float(np.median(np.diff(distances)))) + DIRECTION_TOLERANCE * distances
     off = np.linalg.norm(sideways, axis=1)
     if (off <= allowed).all():
-        return
-    slope = distances @ sideways / (distances @ distances)  # mm sideways for each mm along the normal, through slice 0
+        return False
+    slope = _slope(positions, directions, distances)
     rest = np.linalg.norm(sideways - np.outer(distances, slope), axis=1)
     if (rest <= allowed).all():
         angle = np.degrees(np.arctan(np.linalg.norm(slope)))
-        raise Refusal(
-            "GANTRY_TILT",
-            f"the slice positions (0020,0032) run {angle:.1f} degrees off the slice normal (0020,0037): the stack is "
-            "sheared; correct the tilt before, or leave the series out",
-        )
+        along_rows = np.abs(distances * slope[0])
+        if angle > MAX_TILT_DEG or (along_rows > allowed).any():
+            raise Refusal(
+                "GANTRY_TILT",
+                f"the slice positions (0020,0032) run {angle:.1f} degrees off the slice normal (0020,0037), which is "
+                f"no gantry tilt: that runs along the columns, up to {MAX_TILT_DEG:g} degrees; leave the series out",
+            )
+        return True
     worst = int(np.argmax(off - allowed))
     raise Refusal(
         "SHIFTED_SLICE",
@@ -152,8 +232,22 @@ def _check_perpendicular(
     )
 
 
-def _check_even(distances: Float[np.ndarray, " n"], steps: Float[np.ndarray, " n-1"], labels: Sequence[str]) -> None:
+def _check_gaps(distances: Float[np.ndarray, " n"], labels: Sequence[str]) -> None:
+    """No gap may be too wide to be interpolated across."""
+    steps = np.diff(distances)
+    widest = int(np.argmax(steps))
+    allowed = min(MAX_RESAMPLED_GAP_MM, MAX_RESAMPLED_GAP * float(np.median(steps)))
+    if steps[widest] > allowed + POSITION_TOLERANCE_MM:
+        raise Refusal(
+            "UNEVEN_SPACING",
+            f"from {labels[widest]} to {labels[widest + 1]} the step is {steps[widest]:.3f} mm (0020,0032); slices are "
+            f"interpolated across {allowed:.3f} mm at most; fetch the series again",
+        )
+
+
+def _check_even(distances: Float[np.ndarray, " n"], labels: Sequence[str]) -> None:
     """Every step near the median step, and every slice near its place on the fitted grid: steps must not drift."""
+    steps = np.diff(distances)
     spacing = float(np.median(steps))
     allowed = _tolerance_mm(spacing)
     uneven: Int[np.ndarray, " m"] = np.flatnonzero(np.abs(steps - spacing) > allowed)
@@ -167,9 +261,11 @@ def _check_even(distances: Float[np.ndarray, " n"], steps: Float[np.ndarray, " n
         if (multiples >= 2).all() and (np.abs(steps[uneven] - multiples * spacing) <= multiples * allowed).all():
             missing = int((multiples - 1).sum())
             raise Refusal("MISSING_SLICE", f"{text}; {missing} missing in all; fetch the series again")
-        raise Refusal("UNEVEN_SPACING", f"{text}; export each stack as a series of its own")
-    start, step = _fitted_line(distances[:, None])
-    off = np.abs(distances - (start + np.arange(len(distances)) * step))
+        advice = "export each stack as a series of its own, or have it resampled (uneven = resample)"
+        raise Refusal("UNEVEN_SPACING", f"{text}; {advice}")
+    index = np.arange(len(distances), dtype=np.float64)
+    start, step = _fitted_line(index, distances[:, None])
+    off = np.abs(distances - (start + index * step))
     if off.max() > allowed:
         worst = int(np.argmax(off))
         raise Refusal(

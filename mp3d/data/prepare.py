@@ -111,10 +111,10 @@ def prepare(
         if not entries:
             reasons = Counter(reject.reason for reject in rejects).most_common()
             told = ", ".join(f"{reason} {count}" for reason, count in reasons)
-            key, first = named[0]
+            first = rejects[0]  # its name stays in the private file: the message goes into logs
             raise DataError(
-                f"nothing could be used, all {len(rejects)} were refused ({told}); the first is {key}: {first.reason}: "
-                f"{first.detail}; {private} names the others"
+                f"nothing could be used, all {len(rejects)} were refused ({told}); the first is {first.source}: "
+                f"{first.reason}: {first.detail}; {private} has the names"
             )
         _check_patients(entries)
         content = {
@@ -146,7 +146,7 @@ def _parts(source: Source, splits: dict[str, str], out: Path, id_key: bytes, ite
         raise DataError(f"{source.reader} found nothing to read; check --root")
     for key, times in Counter(item.key for item in source.items).items():
         if times > 1:
-            raise DataError(f"{source.reader} lists {key} {times} times; a key must be unique")
+            raise DataError(f"{source.reader} lists {hashed_id(key, id_key)} {times} times; a key must be unique")
     origin = Origin(source.dataset, source.reader, id_key)
     groups = [source.items[start : start + items_per_part] for start in range(0, len(source.items), items_per_part)]
     return [

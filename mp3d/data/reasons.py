@@ -12,7 +12,7 @@ REASONS: dict[str, str] = {
     "BAD_HEADER": "An element of the header cannot be parsed. Export the file again.",
     "TOO_LARGE": "Larger than any CT that is read here. Check rows, columns and number of slices.",
     "NOT_CT": "Another modality, or a secondary capture without Hounsfield units. Leave it out.",
-    "MULTIFRAME_UNSUPPORTED": "Several frames in one object. Export the series as one file per slice.",
+    "MULTIFRAME_UNSUPPORTED": "Several frames in one file that is no Enhanced CT. Export one file per slice.",
     # pixels
     "NO_PIXELS": "The file has no Pixel Data (7FE0,0010). Export it with its pixels.",
     "PIXEL_LENGTH": "Pixel Data is shorter or longer than rows and columns ask for. Copy or export it again.",
@@ -27,14 +27,15 @@ REASONS: dict[str, str] = {
     "BAD_GEOMETRY": "Position or orientation is not finite, or no pair of orthogonal unit vectors. Export it again.",
     "BAD_SPACING": "A spacing is not finite, not positive or absurd. Check the export or the image's header.",
     "LOCALIZER_ONLY": "Only localizer (scout) images. Choose the axial series.",
+    "PROJECTION_ONLY": "Only projections, captures or dose sheets. Choose the axial series.",
     "MIXED_ORIENTATION": "Slices of several orientations in one series. Export each stack as a series of its own.",
     "MIXED_SIZE": "Slices of several sizes in one series. Export each stack as a series of its own.",
     "MIXED_SPACING": "Slices of several pixel spacings in one series. Export each stack as a series of its own.",
     "TOO_FEW_SLICES": "Too few slices to see that none is missing. Fetch the whole series.",
     "DUPLICATE_SLICE": "Different images at one position. Export each acquisition as a series of its own.",
     "MISSING_SLICE": "A gap: one or more slices are missing. Fetch the series again.",
-    "UNEVEN_SPACING": "Slices are unevenly spaced. Export each stack as a series of its own, or resample it before.",
-    "GANTRY_TILT": "The stack is sheared by a tilted gantry. Correct the tilt before, or leave the series out.",
+    "UNEVEN_SPACING": "Slices are unevenly spaced. Export each stack as a series of its own, or set uneven = resample.",
+    "GANTRY_TILT": "The stack is sheared by a tilted gantry. Set tilt = shear, or leave the series out.",
     "SHIFTED_SLICE": "A slice is shifted sideways. Export each reconstruction as a series of its own.",
     # volumes in other formats
     "BAD_IMAGE": "The image cannot be read, or its values are not finite. Write it again.",
@@ -45,7 +46,7 @@ REASONS: dict[str, str] = {
     "MASK_MISMATCH": "The mask does not lie on the image's grid. Resample it onto the image.",
     "BAD_LABELS": "A mask holds values that no class name stands for. Name the classes, or clear the mask.",
     "BAD_STRUCTURE_SET": "The RT Structure Set cannot be read. Export it again.",
-    "CONTOUR_OFF_PLANE": "A contour does not lie on a slice. Draw or resample it on this series.",
+    "CONTOUR_OFF_PLANE": "A contour does not lie on a slice of the volume. Draw or resample it on this series.",
     # the program
     "READER_FAILED": "A defect of the reader, not of the data. Report it with its text.",
 }
@@ -53,9 +54,14 @@ REASONS: dict[str, str] = {
 
 WARNINGS: dict[str, str] = {
     "LOCALIZER_DROPPED": "Localizer (scout) images inside the series were left out.",
+    "PROJECTION_DROPPED": "Projections, captures or dose sheets inside the series were left out.",
     "DUPLICATE_DROPPED": "Slices that were stored twice with the same pixels were used once.",
     "BROKEN_FILE_DROPPED": "Broken files of this series were refused; the rest is a regular stack.",
     "SPLIT_BY_ACQUISITION": "One series with several acquisitions of the same range was read as several.",
+    "SPLIT_BY_SPACING": "One series with stacks of several spacings was read as several.",
+    "TILT_CORRECTED": "The rows of a stack sheared by a tilted gantry were shifted back; rows were added, of air.",
+    "UNEVEN_RESAMPLED": "Uneven slices were interpolated to their median spacing.",
+    "PADDING_TO_AIR": "Padding brighter than 3071 HU (Pixel Padding Value) was set to air.",
     "EMPTY_SERIES_UID": "No Series Instance UID: grouped by folder, frame of reference, size and orientation.",
     "UNKNOWN_PATIENT": "No Patient ID: the study, frame of reference or folder stands for the patient in splits.",
     "TILT_TAG_IGNORED": "Gantry/Detector Tilt is not zero, but the slices lie straight above one another.",
@@ -67,3 +73,34 @@ WARNINGS: dict[str, str] = {
     "BOX_DROPPED": "A box had no extent inside the image and was left out; its slice counts as not searched.",
 }
 """What was tolerated in a series that is used."""
+
+
+def as_markdown() -> str:
+    """The list for users: ``docs/reasons.md``."""
+    lines = [
+        "# Reason codes",
+        "",
+        "Made by `python -m mp3d.data.reasons > docs/reasons.md`.",
+        "",
+        "## Refused",
+        "",
+        "Why a file or series is not used, and what to do. The detail beside the code in `manifest.json`, and in the",
+        "endpoint's answer, names the slice, the DICOM tag, the value and the rule.",
+        "",
+        *_table(REASONS),
+        "",
+        "## Tolerated",
+        "",
+        "What was tolerated or corrected in a series that is used.",
+        "",
+        *_table(WARNINGS),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _table(codes: dict[str, str]) -> list[str]:
+    return ["| code | meaning |", "|---|---|", *(f"| `{code}` | {meaning} |" for code, meaning in codes.items())]
+
+
+if __name__ == "__main__":
+    print(as_markdown(), end="")

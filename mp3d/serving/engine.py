@@ -13,7 +13,7 @@ from time import perf_counter
 
 from mp3d.checkpoint import Checkpoint
 from mp3d.config import ServeConfig
-from mp3d.data.dicom import Listing, SeriesFiles, group_series, load_volume
+from mp3d.data.dicom import Listing, SeriesFiles, StoredSlice, group_series, load_volume
 from mp3d.data.series import Volume
 from mp3d.errors import Refusal
 from mp3d.predict import Finding, Predictor, detection_head
@@ -59,7 +59,7 @@ class Engine:
 
         sent = findings[: self.config.max_findings]
         return Answer(
-            findings=tuple(finding_out(finding, series.slice_uids) for finding in sent),
+            findings=tuple(finding_out(finding, series.stored[finding.slice_index]) for finding in sent),
             series_instance_uid=series.series_instance_uid,
             num_slices=len(series.volume.hu),
             spacing_mm=series.volume.spacing_mm,
@@ -96,11 +96,11 @@ def answer_or_error(
 
 @dataclass(frozen=True, eq=False)
 class ReadSeries:
-    """A decoded series: ``slice_uids`` are the SOP Instance UIDs of its slices, ``warnings`` the codes of an answer."""
+    """A decoded series: ``stored`` says where each slice comes from, ``warnings`` are the codes of an answer."""
 
     series_instance_uid: str
     volume: Volume
-    slice_uids: tuple[str, ...]
+    stored: tuple[StoredSlice, ...]
     warnings: tuple[str, ...]
 
 
@@ -112,15 +112,15 @@ def read_series(body: bytes, config: ServeConfig) -> ReadSeries:
     """
     files = unpack(body, max_files=config.max_slices, max_bytes=config.max_unpacked_mb * MB)
     with silent_pydicom():
-        listing = group_series(files)
+        listing = group_series(files, config.geometry)
         series = the_series(listing, len(files))
         try:
-            volume, slice_uids, codes = load_volume(series)
+            volume, stored, codes = load_volume(series, config.geometry)
         except Refusal as refusal:
             raise Rejected(refusal.reason, refusal.detail) from refusal
     if listing.refused or listing.objects:
         codes += ("FILES_IGNORED",)
-    return ReadSeries(series.series_instance_uid, volume, slice_uids, codes)
+    return ReadSeries(series.series_instance_uid, volume, stored, codes)
 
 
 @contextmanager
@@ -159,8 +159,17 @@ def the_series(listing: Listing, num_files: int) -> SeriesFiles:
     return listing.series[0]
 
 
-def finding_out(finding: Finding, slice_uids: tuple[str, ...]) -> FindingOut:
-    return FindingOut(**asdict(finding), sop_instance_uid=slice_uids[finding.slice_index])
+def finding_out(finding: Finding, stored: StoredSlice) -> FindingOut:
+    """The finding with its box on the image as it was sent, whose rows a tilt correction may have moved."""
+    x1, y1, x2, y2 = finding.box_px
+    return FindingOut(
+        **asdict(finding)
+        | {
+            "box_px": (x1, y1 - stored.row_offset, x2, y2 - stored.row_offset),
+            "sop_instance_uid": stored.sop_instance_uid,
+            "frame_number": stored.frame or None,
+        }
+    )
 
 
 def model_out(checkpoint: Checkpoint) -> ModelOut:

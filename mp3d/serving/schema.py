@@ -45,11 +45,13 @@ class FindingOut(Out):
     """One box on one slice of the series."""
 
     box_px: tuple[float, float, float, float]
-    """x1, y1, x2, y2 in pixels of the slice, half-open: the box of the single pixel (x, y) is x, y, x + 1, y + 1."""
+    """x1, y1, x2, y2 in pixels of the image, half-open: the box of the single pixel (x, y) is x, y, x + 1, y + 1."""
     slice_index: int
-    """From 0, in ascending order along the slice normal."""
+    """From 0, in ascending order along the slice normal; counts interpolated slices (warning UNEVEN_RESAMPLED)."""
     sop_instance_uid: str
-    """Of that slice."""
+    """Of the image of that slice; of an interpolated slice, of the nearest one."""
+    frame_number: int | None = None
+    """Of a multi-frame image, from 1; null: the image has one frame."""
     box_lps_mm: tuple[Point, Point, Point, Point]
     """The corners (x1, y1), (x2, y1), (x2, y2), (x1, y2) in patient coordinates (LPS), in the plane of the slice."""
     centre_lps_mm: Point

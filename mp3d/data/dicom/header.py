@@ -6,6 +6,7 @@ from pathlib import Path
 from pydicom import uid
 
 from mp3d.data.dicom.elements import Pixels, Values, open_body, read_elements
+from mp3d.errors import Refusal
 
 CT_CLASSES = frozenset({uid.CTImageStorage, uid.EnhancedCTImageStorage, uid.LegacyConvertedEnhancedCTImageStorage})
 MULTIFRAME_CLASSES = CT_CLASSES - {uid.CTImageStorage}
@@ -15,7 +16,7 @@ KEYWORDS = (
     "StudyInstanceUID", "SeriesInstanceUID", "AcquisitionNumber", "InstanceNumber", "ImagePositionPatient",
     "ImageOrientationPatient", "FrameOfReferenceUID", "SamplesPerPixel", "PhotometricInterpretation", "NumberOfFrames",
     "Rows", "Columns", "PixelSpacing", "BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation",
-    "RescaleIntercept", "RescaleSlope", "RescaleType",
+    "PixelPaddingValue", "PixelPaddingRangeLimit", "RescaleIntercept", "RescaleSlope", "RescaleType",
 )  # fmt: skip
 
 
@@ -65,10 +66,18 @@ class Header:
     rescale_type: str
     pixels: Pixels | None
     cut: bool
+    pixel_padding_bits: tuple[int, ...] = ()
+    """Pixel Padding Value, and Range Limit where there is one: 16 bits each, signed as the pixels are."""
+    frame: int = 0
+    """Of a multi-frame image, from 1; 0 is a file of its own."""
+    stack: tuple[str, ...] = ()
+    """Stack ID and Temporal Position Index of a frame, where it has them."""
 
     @property
     def label(self) -> str:
         """What messages call it: neither UID nor file name."""
+        if self.frame:
+            return f"frame {self.frame}"
         return "an instance without number" if self.instance_number is None else f"instance {self.instance_number}"
 
 
@@ -116,4 +125,19 @@ def read_header(source: Path | bytes, name: str = "") -> Header:
         rescale_type=values.text("RescaleType").upper(),
         pixels=pixels,
         cut=cut,
+        pixel_padding_bits=_padding_bits(values),
     )
+
+
+def _padding_bits(values: Values) -> tuple[int, ...]:
+    """Only where the elements are as long as they should be: padding is no reason to refuse a file."""
+    bits = []
+    for keyword in ("PixelPaddingValue", "PixelPaddingRangeLimit"):
+        try:
+            value = values.unsigned(keyword)
+        except Refusal:
+            value = None
+        if value is None:
+            break
+        bits.append(value)
+    return tuple(bits)

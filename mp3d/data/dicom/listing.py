@@ -9,16 +9,27 @@ from typing import NamedTuple
 import numpy as np
 from pydicom import uid
 
+from mp3d.config import GeometryPolicy
+from mp3d.data.dicom.acquisitions import slice_normal, split_by_acquisition, split_by_spacing
+from mp3d.data.dicom.frames import frame_headers
 from mp3d.data.dicom.header import CT_CLASSES, MULTIFRAME_CLASSES, Header, read_header
 from mp3d.data.dicom.pixels import check_pixel_format
 from mp3d.data.files import walk
-from mp3d.data.geometry import direction_cosines
 from mp3d.errors import Refusal
 
 LOCALIZER_ANGLE_DEG = 45.0
 """An image that stands further off the main stack than this is a localizer, whatever its Image Type."""
 MAX_LOCALIZERS = 6
 """More images than this in another orientation are no localizers but a second stack."""
+PROJECTIONS = frozenset(
+    {
+        *("MIP", "MINIP", "MAXIP", "MAX_IP", "MIN_IP", "PROJECTION IMAGE", "PROJECTION", "VOLUME_RENDERED", "VRT"),
+        *("SSD", "SURFACE", "MAXIMUM", "MINIMUM", "SUBTRACTION", "DIVISION", "MULTIPLICATION", "STD_DEVIATION"),
+        *("SCREEN SAVE", "SECONDARY CAPTURE", "DOSE_INFO", "PATIENT PROTOCOL", "PROTOCOL"),
+    }
+)
+"""Values of Image Type (PS3.3 C.7.6.1.1.2, C.8.15.2.1.1) or Frame Type of images that are no slice of the patient.
+Plain DERIVED or SECONDARY is none: many scanners and archives write it on their slices."""
 
 OBJECT_MODALITIES = frozenset(
     {"RTSTRUCT", "SEG", "SR", "PR", "KO", "RTDOSE", "RTPLAN", "RTRECORD", "REG", "FID", "RWV", "DOC", "PLAN"}
@@ -39,7 +50,7 @@ class SeriesFiles:
     """The files of one CT series (or of one acquisition in it), not yet ordered or checked.
 
     Attributes:
-        key: name of its first file; unique in the listing.
+        key: name of its first file (and frame); unique in the listing.
         patient: the unit of splitting: Patient ID, or what stands for it.
         study: Study Instance UID, or what stands for it.
         series: Series Instance UID, or what stands for it; unique in the listing.
@@ -70,13 +81,16 @@ class Listing(NamedTuple):
     objects: list[Header]
 
 
-def group_series(files: Path | Mapping[str, bytes]) -> Listing:
+def group_series(files: Path | Mapping[str, bytes], policy: GeometryPolicy | None = None) -> Listing:
     """Read the headers of all files under a folder, or of named bytes, and group them into CT series.
 
-    A series is one Series Instance UID without its localizers. Where positions repeat, it is split by Acquisition
-    Number, Convolution Kernel or Image Type, whichever makes them unique: phases or reconstructions of one range.
-    A broken file is refused alone; whether the rest is still a regular stack is for ``load_volume`` to say.
+    A series is one Series Instance UID without its localizers and projections. Where positions repeat, it is split by
+    Acquisition Number, Convolution Kernel or Image Type, whichever makes them unique: phases or reconstructions of one
+    range. Where the slices are uneven and ``policy`` does not have them resampled, it is split by Image Type or
+    Convolution Kernel if that makes them even: stacks of several spacings. A broken file is refused alone; whether the
+    rest is a regular stack is for ``load_volume`` to say.
     """
+    policy = policy or GeometryPolicy()
     listing = Listing([], [], [])
     groups: dict[tuple, list[Header]] = defaultdict(list)
     for name, source in _sources(files):
@@ -89,9 +103,14 @@ def group_series(files: Path | Mapping[str, bytes]) -> Listing:
         if header.modality in OBJECT_MODALITIES or header.sop_class_uid == uid.MediaStorageDirectoryStorage:
             listing.objects.append(header)
         else:
-            groups[_series_key(header)].append(header)
+            try:
+                images = [header] if _is_single_frame(header) else frame_headers(header)
+            except Refusal as refusal:
+                listing.refused.append((name, refusal))
+            else:
+                groups[_series_key(header)] += images
     for headers in groups.values():
-        series, refused = _group(headers)
+        series, refused = _group(headers, policy)
         listing.series.extend(series)
         listing.refused.extend(refused)
     return listing
@@ -119,7 +138,7 @@ def _series_key(header: Header) -> tuple:
     return (folder, header.frame_of_reference_uid, header.rows, header.columns, orientation)
 
 
-def _group(headers: list[Header]) -> tuple[list[SeriesFiles], list[tuple[str, Refusal]]]:
+def _group(headers: list[Header], policy: GeometryPolicy) -> tuple[list[SeriesFiles], list[tuple[str, Refusal]]]:
     """The CT series among the images of one Series Instance UID, and what of them is refused."""
     refused: list[tuple[str, Refusal]] = []
     warnings = [] if headers[0].series_instance_uid else ["EMPTY_SERIES_UID"]
@@ -128,36 +147,41 @@ def _group(headers: list[Header]) -> tuple[list[SeriesFiles], list[tuple[str, Re
     if others:
         detail = f"{len(others)} files of another modality, or without Hounsfield units; leave them out"
         refused.append((others[0].name, Refusal("NOT_CT", detail)))
-    headers, multiframe = _partition(headers, _is_single_frame)
-    if multiframe:
-        detail = f"{len(multiframe)} files hold several frames; export the series as one file per slice"
-        refused.append((multiframe[0].name, Refusal("MULTIFRAME_UNSUPPORTED", detail)))
     headers, broken = _whole_files(headers)
     refused += broken
+    headers, projections = _partition(headers, lambda header: not PROJECTIONS.intersection(header.image_type))
+    if projections:
+        warnings.append("PROJECTION_DROPPED")
     stack, localizers = _without_localizers(headers)
     if localizers:
         warnings.append("LOCALIZER_DROPPED")
     if localizers and not stack:
-        detail = f"{len(localizers)} localizers and nothing else; choose the axial series"
+        detail = f"{len(localizers)} localizers (0008,0008) and no slices; choose the axial series"
         refused.append((localizers[0].name, Refusal("LOCALIZER_ONLY", detail)))
+    elif projections and not stack:
+        detail = f"{len(projections)} projections or captures (0008,0008) and no slices; choose the axial series"
+        refused.append((projections[0].name, Refusal("PROJECTION_ONLY", detail)))
     if not stack:
         return [], refused
     if broken:
         warnings.append("BROKEN_FILE_DROPPED")
     if not stack[0].patient_id:
         warnings.append("UNKNOWN_PATIENT")
-    parts = _split_by_acquisition(stack)
+    parts = split_by_acquisition(stack)
     if len(parts) > 1:
         warnings.append("SPLIT_BY_ACQUISITION")
+    elif policy.uneven == "refuse" and len(parts := split_by_spacing(stack)) > 1:
+        warnings.append("SPLIT_BY_SPACING")
     return [_series_files(part, number, warnings) for number, part in enumerate(parts)], refused
 
 
 def _series_files(slices: Sequence[Header], part: int, warnings: Iterable[str]) -> SeriesFiles:
     first = slices[0]
     folder = str(PurePosixPath(first.name).parent)
-    series = first.series_instance_uid or first.name
+    key = f"{first.name}#{first.frame}" if first.frame else first.name
+    series = first.series_instance_uid or key
     return SeriesFiles(
-        key=first.name,
+        key=key,
         patient=first.patient_id or first.study_instance_uid or first.frame_of_reference_uid or folder,
         study=first.study_instance_uid or first.frame_of_reference_uid or folder,
         series=f"{series}#{part}" if part else series,
@@ -180,6 +204,9 @@ def _is_ct(header: Header) -> bool:
 
 
 def _is_single_frame(header: Header) -> bool:
+    """Also what is no CT, whose frames are nobody's concern."""
+    if not _is_ct(header):
+        return True
     return header.sop_class_uid not in MULTIFRAME_CLASSES and header.number_of_frames == 1
 
 
@@ -204,43 +231,14 @@ def _whole_files(headers: list[Header]) -> tuple[list[Header], list[tuple[str, R
 def _without_localizers(headers: list[Header]) -> tuple[list[Header], list[Header]]:
     """The main stack; the localizers, by Image Type, or as the few images that stand across the main stack."""
     stack, localizers = _partition(headers, lambda header: "LOCALIZER" not in header.image_type)
-    normals = {header.name: _normal(header) for header in stack}
+    normals = {(header.name, header.frame): slice_normal(header) for header in stack}
     counts = Counter(normal for normal in normals.values() if normal)
     if len(counts) > 1:
         (main, _), *_ = counts.most_common(1)
         limit = np.cos(np.radians(LOCALIZER_ANGLE_DEG))
-        along, across = _partition(stack, lambda header: abs(np.dot(normals[header.name] or main, main)) >= limit)
+        along, across = _partition(
+            stack, lambda header: abs(np.dot(normals[header.name, header.frame] or main, main)) >= limit
+        )
         if len(across) <= MAX_LOCALIZERS and len(across) < len(along):
             return along, localizers + across
     return stack, localizers
-
-
-def _normal(header: Header) -> tuple[float, ...]:
-    """The slice normal, rounded; empty where the orientation is missing or broken (refused later, by name)."""
-    if not header.image_orientation_patient:
-        return ()
-    try:
-        directions = direction_cosines(header.image_orientation_patient, header.label)
-    except Refusal:
-        return ()
-    return tuple((np.round(directions[:, 2], 2) + 0.0).tolist())
-
-
-def _split_by_acquisition(headers: list[Header]) -> list[list[Header]]:
-    """Parts without repeated positions, by the first element that gives them; the whole where none does."""
-    if _positions_are_unique(headers):
-        return [headers]
-    for element in ("acquisition_number", "convolution_kernel", "image_type"):
-        parts: dict[object, list[Header]] = defaultdict(list)
-        for header in headers:
-            parts[getattr(header, element)].append(header)
-        if len(parts) > 1 and all(map(_positions_are_unique, parts.values())):
-            return list(parts.values())
-    return [headers]
-
-
-def _positions_are_unique(headers: Iterable[Header]) -> bool:
-    """A file that lies there twice (one SOP Instance UID) is no repetition; ``load_volume`` compares the pixels."""
-    instances = {header.sop_instance_uid or header.name: header for header in headers}.values()
-    counts = Counter(tuple(round(value, 2) for value in header.image_position_patient) for header in instances)
-    return all(count == 1 for count in counts.values())

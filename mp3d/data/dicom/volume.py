@@ -1,13 +1,16 @@
 """The files of one CT series to a volume in Hounsfield units with the right geometry, or a named refusal."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int16
 
+from mp3d.config import GeometryPolicy
+from mp3d.data.dicom.frames import slice_reader
 from mp3d.data.dicom.header import Header
 from mp3d.data.dicom.listing import SeriesFiles
-from mp3d.data.dicom.pixels import check_pixel_format, check_rescale, read_hu
+from mp3d.data.dicom.pixels import check_pixel_format, check_rescale
 from mp3d.data.geometry import (
     DIRECTION_TOLERANCE,
     MAX_POSITION_MM,
@@ -15,8 +18,9 @@ from mp3d.data.geometry import (
     check_pixel_spacing,
     direction_cosines,
     same_positions,
-    stack_affine,
+    stack_grid,
 )
+from mp3d.data.regrid import AIR_HU, num_rows, regrid
 from mp3d.data.series import Volume
 from mp3d.errors import Refusal
 
@@ -25,14 +29,34 @@ MAX_VOLUME_BYTES = 4 * 2**30
 PIXEL_SPACING_TOLERANCE = 1e-3
 """Pixel spacings of one stack agree to this share."""
 TILT_TOLERANCE_DEG = 0.1
+MAX_TISSUE_HU = 3071
+"""The highest value of the Hounsfield scale on 12 bits. Pixel Padding Value (0028,0120) is believed only above it:
+lower padding is dark anyway, and files exist whose tag is wrong, so that it could name a value of tissue."""
+
+ReadHU = Callable[[Header], Int16[np.ndarray, "h w"]]
 
 
-def load_volume(series: SeriesFiles) -> tuple[Volume, tuple[str, ...], tuple[str, ...]]:
-    """Order, check and decode a series, slice by slice into one array.
+class StoredSlice(NamedTuple):
+    """The stored image that a slice of a volume was read from; of an interpolated slice the nearest one.
+
+    Attributes:
+        frame: of a multi-frame image, from 1; 0 is a file of its own.
+        row_offset: row ``y`` of the volume is row ``y - row_offset`` of the stored image; 0 without gantry tilt.
+    """
+
+    sop_instance_uid: str
+    frame: int = 0
+    row_offset: float = 0.0
+
+
+def load_volume(
+    series: SeriesFiles, policy: GeometryPolicy | None = None
+) -> tuple[Volume, tuple[StoredSlice, ...], tuple[str, ...]]:
+    """Order, check and decode a series, slice by slice into one array, and correct what ``policy`` wants corrected.
 
     Returns:
-        The volume, its slices ascending along the normal (row cosines x column cosines); the SOP Instance UID of each
-        slice; warning codes.
+        The volume, its slices ascending along the normal (row cosines x column cosines); where each slice comes from;
+        warning codes.
 
     Raises:
         Refusal: the series is no regular stack in Hounsfield units; the detail names slice, tag and what to do.
@@ -42,30 +66,58 @@ def load_volume(series: SeriesFiles) -> tuple[Volume, tuple[str, ...], tuple[str
         check_pixel_format(header)
         check_rescale(header)
     first = series.slices[0]
-    if len(series.slices) * first.rows * first.columns * 2 > MAX_VOLUME_BYTES:
-        size = f"{len(series.slices)} slices of {first.rows} x {first.columns} pixels"
-        raise Refusal("TOO_LARGE", f"{size} exceed {MAX_VOLUME_BYTES >> 30} GiB; split the series")
+    _check_size(len(series.slices), first.rows, first.columns)
     orientation = np.mean([header.image_orientation_patient for header in series.slices], axis=0)
     directions = direction_cosines(orientation.tolist(), first.label)
-    slices, num_duplicates = _ordered(series.slices, directions)
-    affine = stack_affine(
+    read_hu = slice_reader()
+    slices, num_duplicates = _ordered(series.slices, directions, read_hu)
+    grid = stack_grid(
         np.array([header.image_position_patient for header in slices]),
         directions,
         first.pixel_spacing_yx_mm,
         [f"slice {number} of {len(slices)} ({header.label})" for number, header in enumerate(slices, 1)],
+        policy,
     )
+    positions = np.arange(len(slices)) if grid.positions is None else grid.positions
+    _check_size(max(len(positions), len(slices)), num_rows(grid, first.rows), first.columns)
     hu = np.empty((len(slices), first.rows, first.columns), np.int16)
+    num_padded = 0
     for z, header in enumerate(slices):
         hu[z] = read_hu(header)
+        num_padded += _fill_padding(hu[z], header)
+    hu, affine, offsets = regrid(hu, grid)
+    nearest = np.rint(positions).astype(int)
+    stored = tuple(StoredSlice(slices[z].sop_instance_uid, slices[z].frame, float(offsets[z])) for z in nearest)
     warnings = [*series.warnings]
-    if num_duplicates:
-        warnings.append("DUPLICATE_DROPPED")
-    if np.argmax(np.abs(directions[:, 2])) != 2:
-        warnings.append("NOT_AXIAL")
+    warnings += ["DUPLICATE_DROPPED"] if num_duplicates else []
+    warnings += ["PADDING_TO_AIR"] if num_padded else []
+    warnings += ["TILT_CORRECTED"] if grid.tilt_deg else []
+    warnings += ["UNEVEN_RESAMPLED"] if grid.positions is not None else []
+    warnings += ["NOT_AXIAL"] if np.argmax(np.abs(directions[:, 2])) != 2 else []
     axial = abs(directions[2, 2]) > np.cos(np.radians(TILT_TOLERANCE_DEG))
-    if axial and abs(first.gantry_tilt_deg or 0.0) > TILT_TOLERANCE_DEG:
+    if axial and abs(first.gantry_tilt_deg or 0.0) > TILT_TOLERANCE_DEG and not grid.tilt_deg:
         warnings.append("TILT_TAG_IGNORED")
-    return Volume(hu=hu, affine=affine), tuple(header.sop_instance_uid for header in slices), tuple(warnings)
+    return Volume(hu=hu, affine=affine), stored, tuple(warnings)
+
+
+def _check_size(depth: int, rows: int, columns: int) -> None:
+    if depth * rows * columns * 2 > MAX_VOLUME_BYTES:
+        size = f"{depth} slices of {rows} x {columns} pixels"
+        raise Refusal("TOO_LARGE", f"{size} exceed {MAX_VOLUME_BYTES >> 30} GiB; split the series")
+
+
+def _fill_padding(hu: Int16[np.ndarray, "h w"], header: Header) -> int:
+    """Make air of padding that would pass for the brightest metal, in place; returns the number of pixels."""
+    if not header.pixel_padding_bits:
+        return 0
+    bits = np.array(header.pixel_padding_bits, np.uint16)
+    stored = (bits.view(np.int16) if header.pixel_representation == 1 else bits).astype(np.float64)
+    values = np.clip(np.rint(stored * (header.rescale_slope or 1) + (header.rescale_intercept or 0)), -32768, 32767)
+    if values.min() <= MAX_TISSUE_HU:
+        return 0
+    padded = (hu >= values.min()) & (hu <= values.max())
+    hu[padded] = AIR_HU
+    return int(padded.sum())
 
 
 def _check_alike(slices: Sequence[Header]) -> None:
@@ -111,7 +163,9 @@ def _check_geometry(header: Header) -> None:
     check_pixel_spacing(header.pixel_spacing_yx_mm, header.label)
 
 
-def _ordered(slices: Sequence[Header], directions: Float[np.ndarray, "3 3"]) -> tuple[list[Header], int]:
+def _ordered(
+    slices: Sequence[Header], directions: Float[np.ndarray, "3 3"], read_hu: ReadHU
+) -> tuple[list[Header], int]:
     """Ascending along the normal, each position once; the number of slices dropped because they were there twice."""
     distances = np.array([header.image_position_patient for header in slices]) @ directions[:, 2]
     order = np.argsort(distances, kind="stable")
