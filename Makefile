@@ -18,9 +18,9 @@ setup: $(READY) ## the environment in .venv; reused as long as requirements.lock
 
 $(READY): requirements.lock pyproject.toml
 	@python=; for name in python3 python3.12 python3.11; do \
-	  if command -v $$name >/dev/null && $$name -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 13))' 2>/dev/null; \
+	  if command -v $$name >/dev/null && $$name -c 'import sys; import ensurepip, venv; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 13))' 2>/dev/null; \
 	  then python=$$name; break; fi; done; \
-	if [ -z "$$python" ]; then echo "error: Python 3.11 or 3.12 is needed and was not found (python3 is $$(python3 --version 2>&1))" >&2; exit 2; fi; \
+	if [ -z "$$python" ]; then echo "error: Python 3.11 or 3.12 with venv (Debian: python3-venv) is needed and was not found (python3 is $$(python3 --version 2>&1))" >&2; exit 2; fi; \
 	if [ ! -x $(BIN)/uv ]; then echo "setting up .venv with $$($$python --version)"; $$python -m venv .venv; $(BIN)/python -m pip install --quiet uv; fi
 	@$(BIN)/uv pip sync --quiet --python $(BIN)/python requirements.lock
 	@$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --editable .
@@ -48,7 +48,7 @@ format: $(READY) ## let ruff put things straight
 	@$(BIN)/ruff check --fix-only --quiet .
 	@$(BIN)/ruff format --quiet .
 
-lock: ## resolve the dependencies anew
+lock: $(READY) ## resolve the dependencies anew
 	@$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --group dev --no-header --no-annotate --no-emit-index-url \
 	  --upgrade -o requirements.lock pyproject.toml
 
