@@ -50,7 +50,7 @@ class Config(BaseModel):
 
 
 class ClipConfig(Config):
-    """How stored slices become what the network reads (MP3D port, ``image_io_3DCE.py``; method notes 1.5)."""
+    """How stored slices become what the network reads (MP3D port, ``image_io_3DCE.py``)."""
 
     num_slices: PositiveInt = 9
     """Slices in a clip, odd; the middle one is the key slice. 3 for colour pictures (their planes)."""
@@ -90,7 +90,7 @@ class AugmentConfig(Config):
 
 
 class DetectionHead(Config):
-    """Faster R-CNN on the key slice; the defaults are the authors' ``mp3d_groupconv.py`` (method notes 1.4)."""
+    """Faster R-CNN on the key slice; the defaults are the authors' ``mp3d_groupconv.py``."""
 
     kind: Literal["detection"] = "detection"
     num_classes: PositiveInt = 1
@@ -145,7 +145,7 @@ class ModelConfig(Config):
 
 
 class OptimConfig(Config):
-    """Optimiser and schedule; the defaults are the authors' for DeepLesion (method notes 1.6)."""
+    """Optimiser and schedule; the defaults are the authors' for DeepLesion."""
 
     algorithm: Literal["sgd", "adamw"] = "sgd"
     lr: PositiveFloat = 0.02

@@ -22,7 +22,7 @@ from mp3d.config import (
 SYNTHETIC_WORLD = "data/synthetic"
 """Where the synthetic recipes look for their shards; jobs make them there if they are missing."""
 PICTURE_CLIP = ClipConfig(num_slices=3, slice_spacing_mm=None, mean=114.495, std=57.63, image_size=224)
-"""The planes of a colour picture as three slices (VDT; normalisation of the authors' configs, method notes 2)."""
+"""The planes of a colour picture as three slices (VDT; normalisation of the authors' configs)."""
 SMALL_HEAD = DetectionHead(
     fpn_channels=64,
     box_features=128,

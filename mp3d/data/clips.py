@@ -1,6 +1,6 @@
 """Slices to clips: the z grid of the network, interpolated from the slices that a series really has.
 
-A clip has its own spacing (2.5 mm in the papers, method notes 1.5). Around a key slice the neighbours lie at multiples
+A clip has its own spacing (2.5 mm in the papers). Around a key slice the neighbours lie at multiples
 of that spacing; a whole series is read on one grid of that spacing, anchored at its first slice. Positions beyond the
 ends are clamped to the outermost slice, as the authors' loader steps back towards the key slice. Differs from the
 authors' ``image_io_3DCE.py``: they compute the two weights once and reuse them for every neighbour, which is off by up
