@@ -86,7 +86,7 @@ class TuneSession(PlainSession):
 
     def __init__(self, run_dir: Path, *, keep: int) -> None:
         super().__init__(run_dir, keep=keep, device=pick_device("auto"))
-        self.best = float("-inf")
+        self.best = max((line["score"] for line in read_metrics(run_dir)), default=float("-inf"))
 
     def report(self, epoch: int, score: float, metrics: dict[str, float], save: Save) -> None:
         from ray import tune

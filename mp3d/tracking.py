@@ -95,5 +95,5 @@ def _guarded(call: Any, *args: Any, **kwargs: Any) -> None:
     """
     try:
         call(*args, **kwargs)
-    except Exception as error:
+    except Exception as error:  # the same boundary
         log.warning("W&B: %s", type(error).__name__)

@@ -88,7 +88,7 @@ def answer_or_error(
         return engine.answer(body, threshold, progress)
     except Rejected as error:
         return ErrorOut(reason=error.reason, detail=error.detail)
-    except Exception as error:
+    except Exception as error:  # the boundary of the endpoint: see above
         place = traceback.extract_tb(error.__traceback__)[-1]
         logger.error("defect: %s at %s:%s in %s", type(error).__name__, place.filename, place.lineno, place.name)
         return ErrorOut(reason="INTERNAL", detail=f"a defect of the endpoint ({type(error).__name__}); see its log")
