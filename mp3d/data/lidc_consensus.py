@@ -17,6 +17,7 @@ from jaxtyping import Bool, Float, Int32
 from scipy.sparse.csgraph import connected_components
 from scipy.spatial import KDTree
 
+from mp3d.data.geometry import POSITION_TOLERANCE_MM
 from mp3d.data.lidc_annotations import Annotation, Outline
 from mp3d.data.masks import fill_contours
 from mp3d.errors import Refusal
@@ -105,7 +106,8 @@ def find_nodules(annotations: Sequence[Annotation], spacing_mm: tuple[float, flo
     for i, tree in enumerate(trees):
         for j in range(i):
             distances[i, j] = distances[j, i] = tree.query(points[j])[0].min()
-    groups = _groups(range(len(points)), annotations, distances, slice_spacing)
+    # neighbouring slices may lie a little further apart than they should
+    groups = _groups(range(len(points)), annotations, distances, slice_spacing + POSITION_TOLERANCE_MM)
     nodules = [Nodule(tuple(annotations[i] for i in group)) for group in groups]
     return sorted(nodules, key=lambda nodule: nodule.centre[::-1])
 
