@@ -85,7 +85,10 @@ class TuneSession(PlainSession):
     """A trial of a sweep: a plain process that tells Ray Tune how it goes, and may be stopped by it."""
 
     def __init__(self, run_dir: Path, *, keep: int) -> None:
-        super().__init__(run_dir, keep=keep, device=pick_device("auto"))
+        import ray
+
+        # what Ray gave to the trial, which may see GPUs that other trials hold
+        super().__init__(run_dir, keep=keep, device=pick_device("gpu" if ray.get_gpu_ids() else "cpu"))
         self.best = max((line["score"] for line in read_metrics(run_dir)), default=float("-inf"))
 
     def report(self, epoch: int, score: float, metrics: dict[str, float], save: Save) -> None:
