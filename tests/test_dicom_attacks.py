@@ -35,6 +35,7 @@ def verdict(files: Path | Mapping[str, bytes]) -> str:
     finally:
         process.kill()
         process.join()
+        receiver.close()
 
 
 def _judge_apart(files: Path | Mapping[str, bytes], sender: Connection) -> None:
