@@ -100,7 +100,7 @@ def from_columns(x: Float[Tensor, "n c d hw"], height: int, width: int) -> Float
 def max_pool(x: Float[Tensor, "nd c h w"], z: AlongZ) -> Float[Tensor, "_ c h2 w2"]:
     """3 x 3 x 3 max pooling with stride (1, 2, 2) and padding 1, of what a ReLU left.
 
-    The maximum is separable: first in the plane, then over z. Zeros as padding change nothing where nothing is negative.
+    The maximum is separable: first in the plane, then over z. Where nothing is negative, padding with zeros is right.
     """
     x = F.max_pool2d(x, kernel_size=3, stride=2, padding=1)
     x, depth, padding = z.with_neighbours(x, reach=1)
