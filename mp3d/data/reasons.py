@@ -19,6 +19,8 @@ REASONS: dict[str, str] = {
     "BAD_PIXEL_FORMAT": "Pixels are not one sample of 16 bits, as CT stores them. Export the original CT images.",
     "UNSUPPORTED_TRANSFER_SYNTAX": "No decoder for it. Export uncompressed, RLE, JPEG lossless, JPEG-LS or JPEG 2000.",
     "DECODE_FAILED": "The compressed pixels are damaged. Copy or export the file again.",
+    "DECODE_LIMIT": "Reading took more time or memory than one file may cost. Export it again or leave it out.",
+    "DECODE_CRASHED": "Reading ended its worker process. Copy or export the file again.",
     "MISSING_RESCALE": "No Rescale Slope or Intercept, so no Hounsfield units. Export the original CT images.",
     "BAD_RESCALE": "Rescale Slope or Intercept is zero, not finite or absurd. Export the original CT images.",
     "NOT_HU": "The values are something other than Hounsfield units, such as a material map. Leave the series out.",

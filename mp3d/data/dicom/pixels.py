@@ -4,12 +4,14 @@ Hounsfield units are slope x stored value + intercept (DICOM PS3.3 C.11.1), each
 MONOCHROME1 says how to display a value, not what it is, so it changes nothing here.
 """
 
+from io import BytesIO
+
 import numpy as np
 from jaxtyping import Int16, Integer, UInt16
 from pydicom import uid
 
 from mp3d.data.dicom.decoders import COMPRESSED, Decoded, decode_frame
-from mp3d.data.dicom.elements import ITEM, SEQUENCE_DELIMITER, File, open_body
+from mp3d.data.dicom.elements import ITEM, SEQUENCE_DELIMITER, File, open_body, open_source
 from mp3d.data.dicom.header import Header
 from mp3d.errors import Refusal
 
@@ -60,7 +62,7 @@ def check_pixel_format(header: Header) -> None:
         raise Refusal("TOO_LARGE", f"{header.label} has {size}, at most {MAX_SLICE_PIXELS} are read")
     native = header.transfer_syntax in NATIVE
     expected = header.rows * header.columns * 2 if native else None
-    if header.pixels.length != expected:
+    if header.pixels.length != expected and (native or not header.frame):
         given, right = ("an undefined number of" if n is None else n for n in (header.pixels.length, expected))
         raise Refusal(
             "PIXEL_LENGTH",
@@ -136,17 +138,17 @@ def read_stored(header: Header) -> Integer[np.ndarray, "h w"]:
     """
     if header.pixels is None:
         raise ValueError("the header has no pixels; check_pixel_format comes first")
-    body = open_body(header.source)
-    with body.file:
-        body.file.seek(header.pixels.offset)
+    deflated = header.transfer_syntax == uid.DeflatedExplicitVRLittleEndian
+    with open_body(header.source).file if deflated else open_source(header.source) as file:
+        file.seek(header.pixels.offset)
         if header.transfer_syntax in NATIVE:
             length = header.rows * header.columns * 2
-            data = body.file.read(length)
+            data = file.read(length)
             if len(data) != length:
                 raise Refusal("TRUNCATED", f"{header.label} became shorter while it was read; copy it again")
-            raw = np.frombuffer(data, "<u2" if body.little_endian else ">u2").astype(np.uint16, copy=False)
+            raw = np.frombuffer(data, "<u2" if header.little_endian else ">u2").astype(np.uint16, copy=False)
             return _stored_bits(raw.reshape(header.rows, header.columns), header.bits_stored, header)
-        frame = _read_frame(header, body.file)
+        frame = _read_frame(header, file)
     try:
         decoded = decode_frame(frame, header.transfer_syntax, header.rows, header.columns)
         _check_sign(header, decoded)
@@ -184,9 +186,12 @@ def _check_sign(header: Header, decoded: Decoded) -> None:
 
 
 def _read_frame(header: Header, file: File) -> bytes:
-    """The only frame of compressed Pixel Data: all fragments behind the offset table (DICOM PS3.5 A.4)."""
-    fragments = []
+    """The fragments of a frame: a file's own behind the offset table (DICOM PS3.5 A.4), or where the header says."""
     room = header.rows * header.columns * 2 * MAX_GROWTH + MAX_EXTRA_BYTES
+    fragments = []
+    if header.pixels is not None and header.pixels.length is not None:
+        file = BytesIO(file.read(min(header.pixels.length, room)) + SEQUENCE_DELIMITER)
+        fragments.append(b"")
     while (tag := file.read(4)) == ITEM:
         length = int.from_bytes(file.read(4), "little")
         room -= length
