@@ -24,8 +24,8 @@ MAX_INFLATED_BYTES = 128 * 2**20
 """A deflated file may grow to this; one megabyte on disk can hold a gigabyte of zeros."""
 MAX_VALUE_BYTES = 4096
 """Of any element that is read here."""
-MAX_FRAGMENTS = 4096
-"""Of the compressed pixels of one slice; nearly always there is one."""
+MAX_FRAGMENTS = 16384
+"""Of compressed pixels; nearly always there is one per slice."""
 
 PIXEL_DATA = 0x7FE00010
 ITEM = b"\xfe\xff\x00\xe0"

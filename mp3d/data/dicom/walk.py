@@ -140,12 +140,12 @@ class Walker:
         offset = self.at - self._window_at
         room = len(self._window) - offset
         if room < 12:
-            if self.at > MAX_HEADER_BYTES:
-                size = f"{MAX_HEADER_BYTES >> 20} MiB"
-                raise Refusal("TOO_LARGE", f"the header has more than {size} before the pixels; export the file again")
             self._file.seek(self.at)
             self._window, self._window_at = self._file.read(WINDOW_BYTES), self.at
             offset, room = 0, len(self._window)
+            if room and self.at > MAX_HEADER_BYTES:
+                size = f"{MAX_HEADER_BYTES >> 20} MiB"
+                raise Refusal("TOO_LARGE", f"the header has more than {size} before the pixels; export the file again")
         return offset, room
 
 
