@@ -48,6 +48,7 @@ REASONS: dict[str, str] = {
     "MASK_MISMATCH": "The mask does not lie on the image's grid. Resample it onto the image.",
     "BAD_LABELS": "A mask holds values that no class name stands for. Name the classes, or clear the mask.",
     "BAD_STRUCTURE_SET": "The RT Structure Set cannot be read. Export it again.",
+    "BAD_ANNOTATION": "The annotation of this series cannot be read, or is not of it. Fetch it again.",
     "CONTOUR_OFF_PLANE": "A contour does not lie on a slice of the volume. Draw or resample it on this series.",
     # the program
     "READER_FAILED": "A defect of the reader, not of the data. Report it with its text.",
@@ -71,6 +72,8 @@ WARNINGS: dict[str, str] = {
     "HU_CLIPPED": "Values beyond the range of 16-bit integers were clipped.",
     "ROI_NOT_FOUND": "The structure set of this series outlines no matching region; nobody searched its slices.",
     "CONTOUR_OUTSIDE_DROPPED": "Contours above or below the slices at hand were left out.",
+    "AMBIGUOUS_NODULE": "Outlines of one reader, or of more than four, could not be told apart and are one nodule.",
+    "UNSETTLED_SLICES": "Slices with marks, but no nodule that enough readers agree on, count as not searched.",
     "BOX_CLIPPED": "A box reached beyond the image and was cut there.",
     "BOX_DROPPED": "A box had no extent inside the image and was left out; its slice counts as not searched.",
 }

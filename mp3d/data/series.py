@@ -51,6 +51,8 @@ class CTSeries:
     """Number of the first slice in the source, for data sets that number their slices (DeepLesion)."""
     warnings: tuple[str, ...] = field(default=())
     """Reason codes of what was tolerated, e.g. ``LOCALIZER_DROPPED``."""
+    image_label: int | None = None
+    """Class of the whole, from 0, for data sets whose items are classified (nodules of LIDC-IDRI)."""
 
     def __post_init__(self) -> None:
         if len(self.truths) != len(self.volume.hu):

@@ -75,7 +75,7 @@ def series_rows(series: CTSeries, split: str, origin: Origin) -> list[Row]:
         "rows": volume.hu.shape[1],
         "columns": volume.hu.shape[2],
         "encoding": "int16",
-        "image_label": None,
+        "image_label": series.image_label,
     }
     return [
         _sealed(
