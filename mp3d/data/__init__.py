@@ -2,7 +2,7 @@
 
 READERS = {
     "dicom": "mp3d.data.dicom_folder:read_dicom",
-    "nifti": "mp3d.data.nifti:read_nifti",
+    "volumes": "mp3d.data.volumes:read_volumes",
     "deeplesion": "mp3d.data.deeplesion:read_deeplesion",
     "pictures": "mp3d.data.pictures:read_picture_folders",
 }

@@ -47,7 +47,7 @@ class Origin:
 
     dataset: str
     reader: str
-    """Reader and its version, e.g. ``nifti/1``."""
+    """Reader and its version, e.g. ``volumes/1``."""
     id_key: bytes
     """Secret of the keyed hashes; with the same key a patient has the same id in every data set."""
 
