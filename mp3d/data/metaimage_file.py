@@ -104,7 +104,8 @@ def _affine(fields: dict[str, str], what: str) -> Float[np.ndarray, "4 4"] | Non
     if directions is None or origin is None or spacing is None:
         return None
     affine = np.eye(4)
-    affine[:3, :3] = _numbers(directions, 9).reshape(3, 3).T * _numbers(spacing, 3)
+    with np.errstate(invalid="ignore"):  # infinite times 0
+        affine[:3, :3] = _numbers(directions, 9).reshape(3, 3).T * _numbers(spacing, 3)
     affine[:3, 3] = _numbers(origin, 3)
     check_affine(affine, what)
     return affine
