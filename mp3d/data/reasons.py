@@ -8,6 +8,7 @@ REASONS: dict[str, str] = {
     # files
     "UNREADABLE": "The file cannot be opened or read. Check its permissions and the disk.",
     "NOT_DICOM": "No DICOM file. Take it out of the folder, or export it again.",
+    "BAD_ARCHIVE": "A zip, or a file in it, is damaged, cut off, encrypted or oddly packed. Fetch it again.",
     "TRUNCATED": "The file ends too early. Copy or export it again.",
     "BAD_HEADER": "An element of the header cannot be parsed. Export the file again.",
     "TOO_LARGE": "Larger than any CT that is read here. Check rows, columns and number of slices.",
