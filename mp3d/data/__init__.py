@@ -5,6 +5,7 @@ READERS = {
     "volumes": "mp3d.data.volumes:read_volumes",
     "deeplesion": "mp3d.data.deeplesion:read_deeplesion",
     "deeplesion3d": "mp3d.data.deeplesion_3d:read_deeplesion_3d",
+    "lits": "mp3d.data.lits:read_lits",
     "pictures": "mp3d.data.pictures:read_picture_folders",
 }
 """Data sets by their name on the command line, for ``pkgutil.resolve_name``, so that none is loaded unasked."""

@@ -70,6 +70,8 @@ WARNINGS: dict[str, str] = {
     "HU_CLIPPED": "Values beyond the range of 16-bit integers were clipped.",
     "ROI_NOT_FOUND": "The structure set of this series outlines no matching region; nobody searched its slices.",
     "CONTOUR_OUTSIDE_DROPPED": "Contours above or below the slices at hand were left out.",
+    "AFFINE_REPAIRED": "The image's header does not say its spacing; the segmentation's, or the given one, was taken.",
+    "MASK_HEADER_IGNORED": "Image and mask disagree on directions or origin; the mask was laid voxel on voxel.",
     "BOX_CLIPPED": "A box reached beyond the image and was cut there.",
     "BOX_DROPPED": "A box had no extent inside the image and was left out; its slice counts as not searched.",
 }

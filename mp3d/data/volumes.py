@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Float, UInt8
 
 from mp3d.data.files import walk
 from mp3d.data.geometry import MIN_SLICES, check_pixel_spacing, check_slice_spacing
@@ -112,9 +112,7 @@ def load_mask(path: Path, volume: Volume, num_classes: int) -> UInt8[np.ndarray,
     """
     image = to_axial(read_volume_file(path, "the mask"), "the mask")
     check_mask_shape(image.stored.shape, volume.hu.shape)
-    corners = np.array(list(np.ndindex(2, 2, 2))) * volume.hu.shape[::-1]
-    shift = image.affine - volume.affine
-    off = np.abs(corners @ shift[:3, :3].T + shift[:3, 3]).max()
+    off = distance_mm(image.affine, volume.affine, volume.hu.shape)
     if off > GRID_TOLERANCE_MM:
         raise Refusal("MASK_MISMATCH", f"mask and image lie up to {off:.2f} mm apart; resample the mask onto the image")
     return to_labels(image, num_classes)
@@ -158,6 +156,13 @@ def to_labels(image: AxialVolume, num_classes: int) -> UInt8[np.ndarray, "d h w"
             raise Refusal("BAD_LABELS", f"{detail}; name its classes, or clear the mask")
         plane[...] = values
     return labels
+
+
+def distance_mm(a: Float[np.ndarray, "4 4"], b: Float[np.ndarray, "4 4"], shape: tuple[int, ...]) -> float:
+    """How far the corners of two grids of one shape (z, y, x) lie apart, at most, along an axis of the patient."""
+    corners = np.array(list(np.ndindex(2, 2, 2))) * shape[::-1]
+    shift = a - b
+    return float(np.abs(corners @ shift[:3, :3].T + shift[:3, 3]).max())
 
 
 def check_mask_shape(mask: tuple[int, ...], image: tuple[int, ...]) -> None:
