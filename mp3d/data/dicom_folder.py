@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Literal
 
 from mp3d.config import GeometryPolicy
+from mp3d.data.decode import shared_pool
 from mp3d.data.dicom import Header, SeriesFiles, group_series, load_volume
 from mp3d.data.masks import boxes_from_mask
-from mp3d.data.rtstruct import LESION_ROI, StructureSet, mask_from_contours, read_structure_set
+from mp3d.data.rtstruct import LESION_ROI, StructureSet, mask_from_contours, read_isolated
 from mp3d.data.series import CTSeries, Truth
 from mp3d.data.source import Item, Source
 from mp3d.errors import ConfigError, Refusal
@@ -52,7 +53,7 @@ def read_dicom(
         if header.modality != "RTSTRUCT":
             continue
         try:
-            outlined = _outlined(read_structure_set(header, roi), listing.series)
+            outlined = _outlined(read_isolated(header, roi, shared_pool()), listing.series)
         except Refusal as refusal:
             refused.append((header.name, refusal))
             continue
@@ -88,7 +89,7 @@ def load_series(series: SeriesFiles, structure_sets: Sequence[Header], roi: str,
         Refusal: as :func:`~mp3d.data.dicom.load_volume`, ``BAD_STRUCTURE_SET`` or ``CONTOUR_OFF_PLANE``.
     """
     volume, _, warnings = load_volume(series, policy)
-    regions = [region for header in structure_sets for region in read_structure_set(header, roi).regions]
+    regions = [region for header in structure_sets for region in read_isolated(header, roi, shared_pool()).regions]
     truths = tuple(Truth() for _ in volume.hu)
     if regions and "UNEVEN_RESAMPLED" in warnings:
         detail = "contours (3006,0050) lie on uneven slices, which were interpolated to even ones"
