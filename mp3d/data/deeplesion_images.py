@@ -7,6 +7,7 @@ paths, and what a member or the directory of a zip may take in memory is bounded
 import io
 import re
 import struct
+import weakref
 import zipfile
 import zlib
 from collections import defaultdict
@@ -220,10 +221,12 @@ def _open_zip(path: Path, _modified_ns: int) -> zipfile.ZipFile:
     """Opened parts are kept: reading the directory again costs as much as reading ten slices."""
     file = _BoundedFile(io.FileIO(path))
     try:
-        return zipfile.ZipFile(file)
+        archive = zipfile.ZipFile(file)
     except BaseException:
         file.close()
         raise
+    weakref.finalize(archive, file.close)  # a zip that leaves the cache
+    return archive
 
 
 def _decode(content: bytes) -> Int16[np.ndarray, "h w"]:
