@@ -4,7 +4,8 @@ A clip has its own spacing (2.5 mm in the papers). Around a key slice the neighb
 of that spacing; a whole series is read on one grid of that spacing, anchored at its first slice. Positions beyond the
 ends are clamped to the outermost slice, as the authors' loader steps back towards the key slice. Differs from the
 authors' ``image_io_3DCE.py``: they compute the two weights once and reuse them for every neighbour, which is off by up
-to 1.5 mm at 3 and 4 mm spacing; here every neighbour has its own.
+to 1.5 mm at 3 and 4 mm spacing; here every neighbour has its own, unless ``ClipConfig.interpolation`` asks for theirs.
+A whole series is always read exactly.
 """
 
 from dataclasses import dataclass
@@ -31,8 +32,10 @@ def window_positions(
         source_spacing_mm: their spacing; unused where ``clip.slice_spacing_mm`` is None.
         place: of the key slice in the clip, from 0; None: the middle.
     """
-    offsets = np.arange(clip.depth) - (clip.depth // 2 if place is None else place)
-    return np.clip(key + offsets * _step(source_spacing_mm, clip), 0, num_source - 1)
+    offsets = (np.arange(clip.depth) - (clip.depth // 2 if place is None else place)) * _step(source_spacing_mm, clip)
+    if clip.interpolation == "authors":
+        offsets = np.sign(offsets) * _authors_distances(np.abs(offsets), _step(source_spacing_mm, clip))
+    return np.clip(key + offsets, 0, num_source - 1)
 
 
 def stored_slices(positions: Float[np.ndarray, "d"], near: int = 0) -> dict[int, int]:
@@ -120,6 +123,15 @@ def series_grid(num_source: int, source_spacing_mm: float, clip: ClipConfig, thr
     before, behind = (int(np.floor(slices / step + 1e-6)) for slices in (through, num_source - 1 - through))
     positions = through + np.arange(-before, behind + 1) * step
     return SeriesGrid(num_source, step, np.clip(positions, 0, num_source - 1))
+
+
+def _authors_distances(distances: Float[np.ndarray, "d"], step: float) -> Float[np.ndarray, "d"]:
+    """Slices from the key slice to where the authors' weights really put a neighbour.
+
+    They mix the slices below and above ``distances`` with the fraction of the *first* neighbour's, ``step``.
+    """
+    below = np.floor(distances)
+    return np.where(distances == below, distances, below + step % 1)
 
 
 def _step(source_spacing_mm: float | None, clip: ClipConfig) -> float:
