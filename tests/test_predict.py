@@ -98,7 +98,7 @@ def test_boxes_apart_on_one_slice_are_both_kept():
 def test_neighbouring_slices_do_not_suppress_each_other():
     volume = air(400, (2.5, 1.0, 1.0))
     volume.hu[:, 5:9, 5:9] = 600
-    assert len(predictor().find_lesions(volume, 0.1, batch_size=64)) == 400
+    assert len(predictor().find_lesions(volume, 0.1, at_once=64)) == 400
 
 
 def test_threshold_is_inclusive_and_nothing_is_an_empty_list():
@@ -128,7 +128,7 @@ def test_clips_are_made_batch_by_batch_and_progress_may_stop_them():
     calls: list[tuple[int, int]] = []
     model = BrightBoxes()
     with pytest.raises(Stopped):
-        predictor(model).find_lesions(air(10, (2.5, 1, 1)), 0.1, batch_size=3, progress=stop_after_two)
+        predictor(model).find_lesions(air(10, (2.5, 1, 1)), 0.1, at_once=3, progress=stop_after_two)
     assert model.batches == [3, 3]
     assert calls == [(3, 10), (6, 10)]
 
