@@ -204,7 +204,7 @@ class KeySlicePredictor:
                 f"{checkpoint.path} has a {checkpoint.config.model.head.kind} head; jobs/evaluate.py judges detectors"
             )
         if variant == "streamed":
-            check_streamable(checkpoint.config.model.norm)
+            check_streamable(checkpoint.config.model)
         self.variant, self.batch_size = variant, config.batch_size
         self.clip = checkpoint.config.clip
         self.shards = open_shards(config.shards)

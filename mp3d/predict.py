@@ -113,7 +113,7 @@ class Predictor:
         if mode == "auto":
             mode = best_mode(checkpoint)
         elif mode == "stream":
-            check_streamable(checkpoint.config.model.norm)
+            check_streamable(checkpoint.config.model)
         place = pick_device(device)
         model = build_model(checkpoint.config.model, checkpoint.config.clip)
         try:
