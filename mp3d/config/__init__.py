@@ -9,20 +9,11 @@ unless the docstring says otherwise.
 from math import prod
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    NonNegativeFloat,
-    NonNegativeInt,
-    PositiveFloat,
-    PositiveInt,
-    model_validator,
-)
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from mp3d.errors import ConfigError
+from mp3d.config.base import Config, Fraction
+from mp3d.config.heads import ClassificationHead, DetectionHead
 
-Fraction = Annotated[float, Field(ge=0, le=1)]
 BackboneName = Literal[
     "mp3d18", "mp3d18ba", "mp3d34ba", "mp3d63", "mp3d131",
     "p3d18", "p3d18ba", "p3d34ba", "p3d63", "p3d131",
@@ -32,30 +23,6 @@ BackboneName = Literal[
 """MP3D keeps z; P3D is the authors' variant that pools it away; 3D ResNets with a 7 x 7 x 7 stem or V1c's; 2D ResNets
 read three slices as colours.
 """
-
-
-class Config(BaseModel):
-    """Frozen, and deaf to unknown fields: a typo is an error wherever the config comes from."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
-
-    def override(self, changes: dict[str, Any]) -> Self:
-        """Copy with dotted fields replaced, e.g. ``{"optim.lr": 0.01}``; every value is validated again.
-
-        Raises:
-            ConfigError: a path that names no field; the message lists the fields there.
-        """
-        tree = self.model_dump()
-        for path, value in changes.items():
-            *parents, leaf = path.split(".")
-            node = tree
-            for name in parents:
-                node = node.get(name) if isinstance(node, dict) else None
-            if not isinstance(node, dict) or leaf not in node:
-                known = ", ".join(sorted(node)) if isinstance(node, dict) else "none"
-                raise ConfigError(f"{type(self).__name__} has no field {path!r}; fields there: {known}")
-            node[leaf] = value
-        return type(self).model_validate(tree)
 
 
 class ClipConfig(Config):
@@ -109,46 +76,6 @@ class AugmentConfig(Config):
     """Colour pictures: a fresh random order of the three planes for every picture (VDT, ``RandomChannelShuffle``)."""
     crop_scale: tuple[Fraction, Fraction] | None = None
     """Colour pictures: area of the random resized crop as a share of the picture; None: no crop."""
-
-
-class DetectionHead(Config):
-    """Faster R-CNN on the key slice; the defaults are the authors' ``mp3d_groupconv.py``."""
-
-    kind: Literal["detection"] = "detection"
-    num_classes: PositiveInt = 1
-    """Lesion classes, the background not counted."""
-    fpn_channels: PositiveInt = 256
-    anchor_sizes_px: tuple[tuple[PositiveFloat, ...], ...] = ((16,), (32,), (64,), (128,), (256,))
-    """Square root of the anchor area, one tuple for each of the five levels P2..P6."""
-    anchor_ratios: tuple[PositiveFloat, ...] = (0.5, 1.0, 2.0)
-    """Height over width."""
-    rpn_positive_iou: Fraction = 0.7
-    rpn_negative_iou: Fraction = 0.3
-    rpn_samples: PositiveInt = 256
-    """Anchors per key slice that enter the loss, at most half of them positive."""
-    rpn_nms_iou: Fraction = 0.7
-    rpn_pre_nms: tuple[PositiveInt, PositiveInt] = (2000, 2000)
-    """Best anchors per level that enter NMS, in training and in evaluation."""
-    rpn_post_nms: tuple[PositiveInt, PositiveInt] = (1000, 1000)
-    """Proposals kept per key slice, in training and in evaluation."""
-    box_iou: Fraction = 0.5
-    """A proposal is positive from this overlap on and negative below it."""
-    box_samples: PositiveInt = 512
-    """Proposals per key slice that enter the loss, at most a quarter of them positive."""
-    box_features: PositiveInt = 1024
-    """Width of the two fully connected layers."""
-    score_threshold: Fraction = 0.0
-    box_nms_iou: Fraction = 0.5
-    max_detections: PositiveInt = 100
-    """Boxes kept per key slice."""
-
-
-class ClassificationHead(Config):
-    """Global average pool over depth, rows and columns, then one linear layer (VDT, ``use_3d_gap``)."""
-
-    kind: Literal["classification"] = "classification"
-    num_classes: PositiveInt
-    label_smoothing: Fraction = 0.1
 
 
 class StrideConfig(Config):

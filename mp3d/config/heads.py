@@ -1,0 +1,47 @@
+"""What sits on a backbone: one class for each kind of answer, told apart by ``kind``."""
+
+from typing import Literal
+
+from pydantic import PositiveFloat, PositiveInt
+
+from mp3d.config.base import Config, Fraction
+
+
+class DetectionHead(Config):
+    """Faster R-CNN on the key slice; the defaults are the authors' ``mp3d_groupconv.py``."""
+
+    kind: Literal["detection"] = "detection"
+    num_classes: PositiveInt = 1
+    """Lesion classes, the background not counted."""
+    fpn_channels: PositiveInt = 256
+    anchor_sizes_px: tuple[tuple[PositiveFloat, ...], ...] = ((16,), (32,), (64,), (128,), (256,))
+    """Square root of the anchor area, one tuple for each of the five levels P2..P6."""
+    anchor_ratios: tuple[PositiveFloat, ...] = (0.5, 1.0, 2.0)
+    """Height over width."""
+    rpn_positive_iou: Fraction = 0.7
+    rpn_negative_iou: Fraction = 0.3
+    rpn_samples: PositiveInt = 256
+    """Anchors per key slice that enter the loss, at most half of them positive."""
+    rpn_nms_iou: Fraction = 0.7
+    rpn_pre_nms: tuple[PositiveInt, PositiveInt] = (2000, 2000)
+    """Best anchors per level that enter NMS, in training and in evaluation."""
+    rpn_post_nms: tuple[PositiveInt, PositiveInt] = (1000, 1000)
+    """Proposals kept per key slice, in training and in evaluation."""
+    box_iou: Fraction = 0.5
+    """A proposal is positive from this overlap on and negative below it."""
+    box_samples: PositiveInt = 512
+    """Proposals per key slice that enter the loss, at most a quarter of them positive."""
+    box_features: PositiveInt = 1024
+    """Width of the two fully connected layers."""
+    score_threshold: Fraction = 0.0
+    box_nms_iou: Fraction = 0.5
+    max_detections: PositiveInt = 100
+    """Boxes kept per key slice."""
+
+
+class ClassificationHead(Config):
+    """Global average pool over depth, rows and columns, then one linear layer (VDT, ``use_3d_gap``)."""
+
+    kind: Literal["classification"] = "classification"
+    num_classes: PositiveInt
+    label_smoothing: Fraction = 0.1
