@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from mp3d.config.base import Config, Fraction
-from mp3d.config.heads import ClassificationHead, DetectionHead
+from mp3d.config.heads import ClassificationHead, DetectionHead, SegmentationHead
 
 BackboneName = Literal[
     "mp3d18", "mp3d18ba", "mp3d34ba", "mp3d63", "mp3d131",
@@ -125,7 +125,9 @@ class ModelConfig(Config):
     """
     frozen_stages: Annotated[int, Field(ge=-1, le=4)] = -1
     """-1 trains everything, 0 freezes the stem, k also stages 1..k (the authors' counting)."""
-    head: Annotated[DetectionHead | ClassificationHead, Field(discriminator="kind")] = DetectionHead()
+    head: Annotated[DetectionHead | ClassificationHead | SegmentationHead, Field(discriminator="kind")] = (
+        DetectionHead()
+    )
 
     @property
     def keeps_z(self) -> bool:
@@ -144,6 +146,8 @@ class ModelConfig(Config):
                 f"a detector reads features of strides 4, 8, 16, 32 and every slice; model.strides gives "
                 f"{self.strides.of_outputs}, isotropic {self.strides.isotropic}"
             )
+        if self.head.kind == "segmentation" and self.backbone.startswith(("p3d", "resnet2d")):
+            raise ValueError(f"{self.backbone} has no features along z; a segmenter needs an mp3d or a resnet3d")
         if self.to_2d in ("group", "dense") and not self.keeps_z:
             raise ValueError(f"{self.backbone} leaves no slices to weight; leave to_2d unset, or centre")
         return self

@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from pydantic import PositiveFloat, PositiveInt
+from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 
 from mp3d.config.base import Config, Fraction
 
@@ -45,3 +45,32 @@ class ClassificationHead(Config):
     kind: Literal["classification"] = "classification"
     num_classes: PositiveInt
     label_smoothing: Fraction = 0.1
+    loss_over_batch: Literal["mean", "sum"] = "mean"
+    """sum: as the authors' ``label_smooth_loss.py``, which multiplies the gradient by the clips per worker."""
+
+
+class SegmentationHead(Config):
+    """A class for every pixel of the key slices; the defaults are the authors' liver network (CSPR, ``LiTS_liver``)."""
+
+    kind: Literal["segmentation"] = "segmentation"
+    num_classes: PositiveInt = 1
+    """Classes of the mask, the background not counted."""
+    decoder: Literal["unet", "fcn"] = "unet"
+    """unet: reads the stem and all stages (``UNetNeck``); fcn: the stem, stage 2 and stage 4 (``LIDCFCNHead``)."""
+    channels: PositiveInt = 16
+    """Of the 3 x 3 x 3 convolutions behind the decoder: two of a U-Net, one of an FCN (there 128)."""
+    dropout: Fraction = 0.1
+    """Of whole channels, before the last convolution."""
+    cross_entropy_weight: NonNegativeFloat = 1.0
+    dice_weight: NonNegativeFloat = 0.5
+    dice_smooth: PositiveFloat = 1e-3
+    """Added to both sides of the fraction."""
+    dice_over: Literal["clip", "batch"] = "clip"
+    """Whose pixels one Dice is taken over."""
+    dice_background: bool = False
+    """The background is a class of the Dice too."""
+    loss: Literal["mended", "lits_authors", "lidc_authors"] = "mended"
+    """The formula. ``lits_authors`` (``ComboLoss``) adds the intersection to the Dice's denominator, so that a perfect
+    answer has Dice 2/3. ``lidc_authors`` (``CombineLoss``) takes the softmax of the cross-entropy over the columns of
+    the picture, divides by the number of classes as well, and has the weights 1 and 0.5 whatever stands here.
+    """
