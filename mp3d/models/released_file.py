@@ -45,13 +45,12 @@ def recognise(shapes: Mapping[str, Shape]) -> BackboneName:
     """
     group_norm = has_group_norm(shapes)
 
-    def shared(backbone: BackboneName) -> int:
+    def likeness(backbone: BackboneName) -> int:
         expected = authors_shapes(backbone, group_norm)
-        return sum(expected.get(key) == shape for key, shape in shapes.items())
+        return 2 * sum(expected.get(key) == shape for key, shape in shapes.items()) - len(expected)
 
-    names = [name for name in get_args(BackboneName) if not name.startswith("p3d")]
-    best = max(names, key=shared)
-    if shared(best) < len(authors_shapes(best, group_norm)) // 2:
+    best = max((name for name in get_args(BackboneName) if not name.startswith("p3d")), key=likeness)
+    if likeness(best) < 0:
         keys = ", ".join(list(shapes)[:3])
         raise CheckpointError(f"these are not the weights of any backbone of ours; their keys begin with {keys}")
     return best
