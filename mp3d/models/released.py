@@ -154,7 +154,7 @@ def match_backbone(backbone: BackboneName, shapes: Mapping[str, Shape]) -> dict[
     expected = authors_shapes(backbone, group_norm)
     names = {}
     for key, shape in shapes.items():
-        wanted = expected.get(key) or _conversion_shape(key, shape, _outline(backbone, group_norm))
+        wanted = expected[key] if key in expected else _conversion_shape(key, shape, _outline(backbone, group_norm))
         if wanted is None:
             raise CheckpointError(f"the authors' {backbone} has no tensor {key!r}, which is here of shape {shape}")
         if shape != wanted:

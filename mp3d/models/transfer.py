@@ -86,10 +86,11 @@ def inflate(
         ValueError: a shape that the 2D kernel cannot get; ``acs`` for a kernel that is no cube.
     """
     out_channels, in_channels, depth, height, width = shape
+    given = tuple(weight.shape)
     if in_channels == 1 and weight.shape[1] > 1:
         weight = weight.sum(1, keepdim=True) if colours == "sum" else weight.mean(1, keepdim=True)
     if weight.shape != (out_channels, in_channels, height, width):
-        raise ValueError(f"a 2D kernel of shape {tuple(weight.shape)} cannot become a 3D one of {shape}")
+        raise ValueError(f"a 2D kernel of shape {given} cannot become a 3D one of {shape}")
     kernel = weight.new_zeros(shape)
     match rule:
         case "centre":
