@@ -144,8 +144,10 @@ def plan_conversion(shapes: Mapping[str, Shape], config: ConvertConfig) -> Plan:
     if is_planar and config.backbone is None:
         target = target.replace("resnet2d", "resnet3d")
     source: Any = target.replace("resnet3d", "resnet2d") if is_planar else target
-    if source not in get_args(BackboneName):
-        raise ConfigError(f"backbone is {target}: 2D weights can become resnet2d18, 34 or 50 and resnet3d18, 34 or 50")
+    if source not in get_args(BackboneName) or is_planar != source.startswith("resnet2d"):
+        raise ConfigError(
+            f"backbone is {target}: 2D weights, and only they, become resnet2d18, 34 or 50, or resnet3d18, 34 or 50"
+        )
     names = match_backbone(source, bare)
     heads = {ours: full for name, full in in_heads.items() if (ours := our_head_name(name))}
     head = head_of({ours: shapes[full] for ours, full in heads.items()})

@@ -1,10 +1,12 @@
 """A disposable worker that reads released checkpoints: ``python -m mp3d.released_worker SOCKET MEMORY LIMITS``.
 
-Like the decoders' (:mod:`mp3d.data.decode_worker`), but with torch, for the one kind of pickle that is ever opened.
+Like the decoders' (:mod:`mp3d.data.decode_worker`), but with torch: the authors' files are pickles, the only ones that
+are ever opened, and only here, restricted to tensors and plain values (``weights_only``).
 """
 
 import re
 import sys
+from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 from pickle import UnpicklingError
@@ -17,31 +19,38 @@ from torch import Tensor
 from mp3d.data.decode import Task
 from mp3d.data.decode_worker import main
 from mp3d.errors import Refusal
-from mp3d.models.released_file import load_tensors
+
+WRAPPERS = ("state_dict", "model")
+"""Keys under which training programs keep the weights."""
 
 
 @lru_cache(maxsize=1)
-def tensors_of(path: Path) -> dict[str, Tensor]:
-    """Raises: Refusal where the file holds anything but tensors and plain values, or no state dict."""
+def tensors_of(path: Path) -> Mapping[str, Tensor]:
+    """The state dict in a file.
+
+    Raises:
+        Refusal: the file holds anything but tensors and plain values, or no state dict.
+    """
     try:
-        tensors = load_tensors(path)
+        content: Any = torch.load(path, map_location="cpu", weights_only=True)
     except UnpicklingError as error:
         named = re.search(r"GLOBAL ([\w.]{1,100})", str(error))
-        what = f"a {named[1]}" if named else "what is no plain value"
-        raise Refusal(
-            "DECODE_FAILED", f"it holds {what} beside tensors, which is not opened; save the state dict alone"
-        ) from None
-    except ValueError as error:
-        raise Refusal("DECODE_FAILED", f"it holds {error}") from None
-    for name, tensor in tensors.items():
+        what = f"{named[1]} beside tensors" if named else "no weights, or damaged ones"
+        raise Refusal("DECODE_FAILED", f"it holds {what}, which is not opened; save its state dict alone") from None
+    for wrapper in WRAPPERS:
+        if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
+            content = content[wrapper]
+    if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
+        raise Refusal("DECODE_FAILED", "it holds no state dict, a table of tensors by their names")
+    for name, tensor in content.items():
         if tensor.layout != torch.strided or tensor.nbytes > tensor.untyped_storage().nbytes():
-            raise Refusal("DECODE_FAILED", f"its tensor {name[:100]!r} is no plain array of numbers")
-    return tensors
+            raise Refusal("DECODE_FAILED", f"its tensor {str(name)[:100]!r} is no plain array of numbers")
+    return content
 
 
 def list_tensors(source: Path) -> tuple[Any, None]:
     """Every tensor's name and shape."""
-    return [[name, list(tensor.shape)] for name, tensor in tensors_of(source).items()], None
+    return [[str(name), list(tensor.shape)] for name, tensor in tensors_of(source).items()], None
 
 
 def read_values(source: Path, name: str, first: int, count: int) -> tuple[None, np.ndarray]:

@@ -2,17 +2,12 @@
 
 Their files are dicts with the weights under ``state_dict``, beside ``meta`` and ``optimizer``; keys may begin with
 ``module.`` (of data parallelism) and ``backbone.`` (of a detector), and detectors have further parts. The ImageNet
-files and torchvision's are bare. Such a file is a pickle, the only kind that is ever opened here, restricted to tensors
-and plain values (``weights_only``), and only in a disposable process.
+files and torchvision's are bare. Only a disposable process (:mod:`mp3d.released_worker`) opens them.
 """
 
 import re
 from collections.abc import Iterable, Mapping
-from pathlib import Path
-from typing import Any, get_args
-
-import torch
-from torch import Tensor
+from typing import get_args
 
 from mp3d.config import BackboneName
 from mp3d.errors import CheckpointError
@@ -79,20 +74,3 @@ def our_head_name(authors_key: str) -> str | None:
         if match := re.fullmatch(pattern, module):
             return f"{match.expand(ours)}.{leaf}"
     return None
-
-
-def load_tensors(path: Path) -> dict[str, Tensor]:
-    """The state dict in a file of the authors or of torchvision. Called in a disposable process only.
-
-    Raises:
-        ValueError: the file holds no state dict.
-    """
-    content: Any = torch.load(path, map_location="cpu", weights_only=True)
-    for wrapper in ("state_dict", "model"):
-        if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
-            content = content[wrapper]
-    if not isinstance(content, Mapping) or not all(
-        isinstance(name, str) and isinstance(value, Tensor) for name, value in content.items()
-    ):
-        raise ValueError("no state dict")
-    return dict(content)
