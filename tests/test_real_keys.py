@@ -6,10 +6,14 @@ from math import prod
 from pathlib import Path
 
 import pytest
+import torch
 
+from mp3d.checkpoint import open_checkpoint
+from mp3d.convert import ConvertConfig, convert
 from mp3d.errors import CheckpointError
-from mp3d.models.released import from_authors, match_backbone, to_authors
+from mp3d.models.released import from_authors, match_backbone, our_name, to_authors
 from mp3d.models.released_file import recognise
+from tests.released_files import made_state, save, wrapped
 from tests.test_released import our_state
 
 SHARED = Path(os.environ.get("MP3D_SHARED_DATA", Path(__file__).parents[2] / "shared" / "data"))
@@ -86,3 +90,21 @@ def test_a_misshapen_or_missing_key_is_refused_by_its_name(file, backbone, param
 @each_file
 def test_the_backbone_is_recognised(file, backbone, parameters):
     assert recognise(listed(file)) == ("mp3d63" if backbone == "p3d63" else backbone)
+
+
+@each_file
+def test_a_file_of_these_names_becomes_a_checkpoint(file, backbone, parameters, tmp_path):
+    """The classifiers' bare, as from ImageNet, the others as the backbone of a detector, as from COCO."""
+    state = made_state(listed(file))
+    prefix = "" if file.startswith("cspr_cls") else "module.backbone."
+    path = save(wrapped(state, prefix), tmp_path / f"{file}.pth")
+    report = convert(path, ConvertConfig(out=str(tmp_path / "out"), backbone=backbone))
+    assert len(report.moved) == len(state)
+    assert report.unused == report.inflated == ()
+    checkpoint = open_checkpoint(tmp_path / "out")
+    assert checkpoint.config.clip.num_slices == (9 if file.startswith(("mp3d", "p3d")) else 3)
+    ours = checkpoint.model_state()
+    for key, value in state.items():
+        name = our_name(backbone, key)
+        place = "backbone." if name.startswith("group_transforms.") else "backbone.backbone."
+        assert torch.equal(ours[place + name], value)
