@@ -224,7 +224,7 @@ def training_plan(config: TrainConfig) -> dict[str, Any]:
         "shards": config.shards,
         "start from": config.init_from or "random weights",
         "model": f"{model.backbone} x{model.width:g}, norm {model.norm}, {model.head.kind} head",
-        "clip": f"{clip.num_slices} slices, {clip.slice_spacing_mm or 'their own'} mm apart, {clip.image_size} px",
+        "clip": f"{clip.depth} slices, {clip.slice_spacing_mm or 'their own'} mm apart, {clip.image_size} px",
         "training": f"{loop.epochs} epochs of {loop.steps_per_epoch or 'all'} steps, "
         f"{loop.batch_size} x {loop.num_workers} clips a step",
         "optimiser": f"{optim.algorithm}, lr {optim.lr:g}, {optim.schedule}",

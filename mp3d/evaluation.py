@@ -213,6 +213,7 @@ class KeySlicePredictor:
         torch.manual_seed(checkpoint.config.loop.seed)
         self.model = build_model(checkpoint.config.model, self.clip).to(self.device)
         if variant != "without training":
+            checkpoint.check_trained()
             self.model.load_state_dict(checkpoint.model_state())
 
     def __call__(self, samples: list[Sample]) -> list[KeySliceResult]:

@@ -109,6 +109,7 @@ class Predictor:
         """
         if not isinstance(checkpoint, Checkpoint):
             checkpoint = open_checkpoint(checkpoint)
+        checkpoint.check_trained()
         head = detection_head(checkpoint)
         if mode == "auto":
             mode = best_mode(checkpoint)

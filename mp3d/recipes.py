@@ -2,7 +2,8 @@
 line.
 
 Recipes named ``..._paper`` keep the published choices: windows of nine slices, 3D group norm, the authors' anchors and
-schedule. Figures of the papers are called that; nothing else is claimed.
+schedule. The other detectors train on slabs with group norm per slice, so that a whole series can be inferred at once.
+Figures of the papers are called that; nothing else is claimed.
 """
 
 from collections.abc import Callable
@@ -66,13 +67,13 @@ def synthetic_finetune() -> TrainConfig:
     return TrainConfig(
         name="synthetic_finetune",
         shards=f"{SYNTHETIC_WORLD}/ct",
-        clip=ClipConfig(image_size=128),
+        clip=ClipConfig(num_key_slices=9, image_size=128),
         augment=AugmentConfig(image_sizes=()),
         model=ModelConfig(backbone="mp3d18ba", width=0.25, head=SMALL_HEAD),
         optim=OptimConfig(
             algorithm="adamw", lr=2e-3, weight_decay=0.01, schedule="cosine", warmup_steps=20, clip_grad_norm=10
         ),
-        loop=LoopConfig(epochs=6, batch_size=4, steps_per_epoch=100, max_validation_clips=64),
+        loop=LoopConfig(epochs=6, batch_size=2, steps_per_epoch=100, max_validation_clips=64),
         launch=LaunchConfig(cpus_per_worker=2),
     )
 
@@ -168,12 +169,18 @@ def deeplesion_mp3d63_paper() -> TrainConfig:
 
 
 def deeplesion_mp3d63() -> TrainConfig:
-    """MP3D-63 on DeepLesion with group norm per slice and exact z interpolation.
+    """MP3D-63 on DeepLesion, on slabs with group norm per slice and exact z interpolation; a step costs about twice the
+    paper's.
 
     python jobs/finetune.py deeplesion_mp3d63 --shards /data/deeplesion --init-from /runs/vdt_imagenet_mp3d63
     """
     return deeplesion_mp3d63_paper().override(
-        {"name": "deeplesion_mp3d63", "model.norm": "slice_gn", "clip.interpolation": "exact"}
+        {
+            "name": "deeplesion_mp3d63",
+            "model.norm": "slice_gn",
+            "clip.num_key_slices": 9,
+            "clip.interpolation": "exact",
+        }
     )
 
 
@@ -183,6 +190,36 @@ def deeplesion_mp3d18ba() -> TrainConfig:
     python jobs/finetune.py deeplesion_mp3d18ba --shards /data/deeplesion
     """
     return deeplesion_mp3d63().override({"name": "deeplesion_mp3d18ba", "model.backbone": "mp3d18ba"})
+
+
+def deeplesion_p3d18ba_paper() -> TrainConfig:
+    """VDT on DeepLesion as its authors released it, with the backbone that pools z away (CSPR
+    ``faster_rcnn_p3d18ba_3dpfn9_as16_minms512_lesion_zflip_freeze0_fp16_optrange_fromcoco_2x.py``).
+
+    python jobs/finetune.py deeplesion_p3d18ba_paper --shards /data/deeplesion --init-from /runs/mp3d18ba_coco
+    """
+    return deeplesion_mp3d63_paper().override(
+        {
+            "name": "deeplesion_p3d18ba_paper",
+            "model.backbone": "p3d18ba",
+            "augment.image_sizes": (384, 448, 512, 576, 640),
+        }
+    )
+
+
+def deeplesion_resnet2d50() -> TrainConfig:
+    """For comparison: a 2D ResNet-50 on DeepLesion that reads three slices as colours (the 2.5D way).
+
+    python jobs/finetune.py deeplesion_resnet2d50 --shards /data/deeplesion --init-from /runs/resnet2d50_imagenet
+    """
+    return deeplesion_mp3d63_paper().override(
+        {
+            "name": "deeplesion_resnet2d50",
+            "clip.num_slices": 3,
+            "model.backbone": "resnet2d50",
+            "model.norm": "frozen_bn",
+        }
+    )
 
 
 Recipe = Callable[[], TrainConfig]
@@ -199,4 +236,6 @@ FINETUNE: tuple[Recipe, ...] = (
     deeplesion_mp3d63_paper,
     deeplesion_mp3d63,
     deeplesion_mp3d18ba,
+    deeplesion_p3d18ba_paper,
+    deeplesion_resnet2d50,
 )

@@ -20,9 +20,7 @@ BackboneName = Literal[
     "resnet3d18", "resnet3d18_v1c", "resnet3d34", "resnet3d34_v1c", "resnet3d50", "resnet3d50_v1c",
     "resnet2d18", "resnet2d34", "resnet2d50",
 ]  # fmt: skip
-"""MP3D keeps z; P3D is the authors' variant that pools it away; 3D ResNets with a 7 x 7 x 7 stem or V1c's; 2D ResNets
-read three slices as colours.
-"""
+"""MP3D keeps z; P3D pools it away; 3D ResNets have a 7 x 7 x 7 stem or V1c's; 2D ones read 3 slices as colours."""
 
 
 class ClipConfig(Config):
@@ -81,8 +79,8 @@ class AugmentConfig(Config):
 class StrideConfig(Config):
     """Where a 3D ResNet halves its features; the defaults are those of pre-training and detection.
 
-    The authors' nodule classifier (``LIDC_Cls_configs``) is isotropic; their liver network (``stdunet_mode``) also has
-    stem 1; their nodule segmentation (``ResNet3DNoStemStride``) also has no pool, and stages (1, 2, 1, 2).
+    The authors' nodule classifier is isotropic; their liver network also has stem 1; their nodule segmentation
+    (``ResNet3DNoStemStride``) also has no pool, and stages (1, 2, 1, 2).
     """
 
     stem: Literal[1, 2] = 2
@@ -103,7 +101,7 @@ class StrideConfig(Config):
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.isotropic and self.pool == "1x3x3":
-            raise ValueError("isotropic strides halve z in the pool too, which 1x3x3 cannot; take 3x3x3 or none")
+            raise ValueError("isotropic strides halve z in the pool too; take pool 3x3x3 or none")
         return self
 
 
@@ -142,10 +140,7 @@ class ModelConfig(Config):
         if self.strides.pool != "3x3x3" and self.backbone.startswith(("p3d", "resnet2d")):
             raise ValueError(f"{self.backbone} has a pool of its own; leave strides.pool alone")
         if self.head.kind == "detection" and (self.strides.isotropic or self.strides.of_outputs != (4, 8, 16, 32)):
-            raise ValueError(
-                f"a detector reads features of strides 4, 8, 16, 32 and every slice; model.strides gives "
-                f"{self.strides.of_outputs}, isotropic {self.strides.isotropic}"
-            )
+            raise ValueError("a detector needs strides of 4, 8, 16, 32 and every slice; leave strides alone")
         if self.head.kind == "segmentation" and self.backbone.startswith(("p3d", "resnet2d")):
             raise ValueError(f"{self.backbone} has no features along z; a segmenter needs an mp3d or a resnet3d")
         if self.to_2d in ("group", "dense") and not self.keeps_z:

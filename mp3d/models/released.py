@@ -154,7 +154,7 @@ def match_backbone(backbone: BackboneName, shapes: Mapping[str, Shape]) -> dict[
     expected = authors_shapes(backbone, group_norm)
     names = {}
     for key, shape in shapes.items():
-        wanted = expected.get(key) or _conversion_shape(key, shape, _outline(backbone, group_norm).out_channels)
+        wanted = expected[key] if key in expected else _conversion_shape(key, shape, _outline(backbone, group_norm))
         if wanted is None:
             raise CheckpointError(f"the authors' {backbone} has no tensor {key!r}, which is here of shape {shape}")
         if shape != wanted:
@@ -168,9 +168,10 @@ def match_backbone(backbone: BackboneName, shapes: Mapping[str, Shape]) -> dict[
     return names
 
 
-def _conversion_shape(key: str, shape: Shape, channels: list[int]) -> Shape | None:
-    """That of a group transform or a dense one, for as many slices as it has; None: it is neither."""
-    if not (match := re.fullmatch(r"(groupconv|conv3d_all)_([1-4])\.weight", key)):
+def _conversion_shape(key: str, shape: Shape, backbone: FoldedResNet) -> Shape | None:
+    """That of a group transform or a dense one, for as many slices as it has; None: there is none."""
+    match = re.fullmatch(r"(groupconv|conv3d_all)_([1-4])\.weight", key)
+    if not match or not backbone.keeps_z:
         return None
-    width, taps = channels[int(match[2]) - 1], shape[-3] if len(shape) >= 3 else 1
+    width, taps = backbone.out_channels[int(match[2]) - 1], shape[-3] if len(shape) >= 3 else 1
     return (width, taps, 1, 1) if match[1] == "groupconv" else (width, width, taps, 1, 1)

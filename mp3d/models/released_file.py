@@ -2,17 +2,12 @@
 
 Their files are dicts with the weights under ``state_dict``, beside ``meta`` and ``optimizer``; keys may begin with
 ``module.`` (of data parallelism) and ``backbone.`` (of a detector), and detectors have further parts. The ImageNet
-files and torchvision's are bare. Such a file is a pickle, the only kind that is ever opened here, restricted to tensors
-and plain values (``weights_only``), and only in a disposable process.
+files and torchvision's are bare. Only a disposable process (:mod:`mp3d.released_worker`) opens them.
 """
 
 import re
 from collections.abc import Iterable, Mapping
-from pathlib import Path
-from typing import Any, get_args
-
-import torch
-from torch import Tensor
+from typing import get_args
 
 from mp3d.config import BackboneName
 from mp3d.errors import CheckpointError
@@ -45,13 +40,12 @@ def recognise(shapes: Mapping[str, Shape]) -> BackboneName:
     """
     group_norm = has_group_norm(shapes)
 
-    def shared(backbone: BackboneName) -> int:
+    def likeness(backbone: BackboneName) -> int:
         expected = authors_shapes(backbone, group_norm)
-        return sum(expected.get(key) == shape for key, shape in shapes.items())
+        return 2 * sum(expected.get(key) == shape for key, shape in shapes.items()) - len(expected)
 
-    names = [name for name in get_args(BackboneName) if not name.startswith("p3d")]
-    best = max(names, key=shared)
-    if shared(best) < len(authors_shapes(best, group_norm)) // 2:
+    best = max((name for name in get_args(BackboneName) if not name.startswith("p3d")), key=likeness)
+    if likeness(best) < 0:
         keys = ", ".join(list(shapes)[:3])
         raise CheckpointError(f"these are not the weights of any backbone of ours; their keys begin with {keys}")
     return best
@@ -80,20 +74,3 @@ def our_head_name(authors_key: str) -> str | None:
         if match := re.fullmatch(pattern, module):
             return f"{match.expand(ours)}.{leaf}"
     return None
-
-
-def load_tensors(path: Path) -> dict[str, Tensor]:
-    """The state dict in a file of the authors or of torchvision. Called in a disposable process only.
-
-    Raises:
-        ValueError: the file holds no state dict.
-    """
-    content: Any = torch.load(path, map_location="cpu", weights_only=True)
-    for wrapper in ("state_dict", "model"):
-        if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
-            content = content[wrapper]
-    if not isinstance(content, Mapping) or not all(
-        isinstance(name, str) and isinstance(value, Tensor) for name, value in content.items()
-    ):
-        raise ValueError("no state dict")
-    return dict(content)
