@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mp3d.data.pictures import MIN_BATCHES_TO_SPLIT, load_picture, read_picture_folders
+from mp3d.data.picture_files import MIN_BATCHES_TO_SPLIT, Marks, load_picture
+from mp3d.data.pictures import read_picture_folders
 from mp3d.data.prepare import prepare
 from mp3d.data.shard import decode_image, open_shards
 from mp3d.data.source import PictureBatch, Source
@@ -140,11 +141,11 @@ def test_broken_picture_is_refused_and_the_others_are_kept(tmp_path, content):
 
 def test_picture_that_is_gone_or_too_large_is_refused(tmp_path, monkeypatch):
     with pytest.raises(Refusal, match="UNREADABLE"):
-        load_picture(tmp_path / "gone.jpg", "gone.jpg", 0)
+        load_picture(tmp_path / "gone.jpg", "gone.jpg", Marks(0))
     write(tmp_path / "large.jpg")
-    monkeypatch.setattr("mp3d.data.pictures.MAX_PIXELS", 20 * 12 - 1)
+    monkeypatch.setattr("mp3d.data.picture_files.MAX_PIXELS", 20 * 12 - 1)
     with pytest.raises(Refusal, match="TOO_LARGE"):
-        load_picture(tmp_path / "large.jpg", "large.jpg", 0)
+        load_picture(tmp_path / "large.jpg", "large.jpg", Marks(0))
 
 
 def test_other_files_are_counted(tmp_path):
@@ -165,6 +166,6 @@ def test_what_is_no_class_folder_is_told(tmp_path):
         read_picture_folders(tmp_path)
     with pytest.raises(ConfigError, match="pictures_per_item is 0"):
         read_picture_folders(tmp_path, pictures_per_item=0)
-    write(tmp_path / "val" / "val_annotations.txt", b"val_0.JPEG n01\n")
+    write(tmp_path / "val" / "val_annotations.txt", b"val_0.JPEG\n")
     with pytest.raises(DataError, match="a tab and a class"):
         read_picture_folders(tmp_path)

@@ -45,6 +45,7 @@ REASONS: dict[str, str] = {
     "MISSING_MASK": "Not exactly one mask beside the image. Add or name it, or read the images without masks.",
     "MASK_MISMATCH": "The mask does not lie on the image's grid. Resample it onto the image.",
     "BAD_LABELS": "A mask holds values that no class name stands for. Name the classes, or clear the mask.",
+    "SIZE_MISMATCH": "The picture has another size than its annotation. Use the pictures that were annotated.",
     "BAD_STRUCTURE_SET": "The RT Structure Set cannot be read. Export it again.",
     "CONTOUR_OFF_PLANE": "A contour does not lie on a slice of the volume. Draw or resample it on this series.",
     # the program
@@ -70,7 +71,7 @@ WARNINGS: dict[str, str] = {
     "ROI_NOT_FOUND": "The structure set of this series outlines no matching region; nobody searched its slices.",
     "CONTOUR_OUTSIDE_DROPPED": "Contours above or below the slices at hand were left out.",
     "BOX_CLIPPED": "A box reached beyond the image and was cut there.",
-    "BOX_DROPPED": "A box had no extent inside the image and was left out; its slice counts as not searched.",
+    "BOX_DROPPED": "A box without extent in the image was left out; an image left with none counts as not searched.",
 }
 """What was tolerated in a series that is used."""
 
