@@ -2,6 +2,7 @@
 
 READERS = {
     "dicom": "mp3d.data.dicom_folder:read_dicom",
+    "dicom_boxes": "mp3d.data.dicom_boxes:read_dicom_boxes",
     "nifti": "mp3d.data.nifti:read_nifti",
     "deeplesion": "mp3d.data.deeplesion:read_deeplesion",
     "coco": "mp3d.data.coco:read_coco",

@@ -47,7 +47,10 @@ REASONS: dict[str, str] = {
     "BAD_LABELS": "A mask holds values that no class name stands for. Name the classes, or clear the mask.",
     "SIZE_MISMATCH": "The picture has another size than its annotation. Use the pictures that were annotated.",
     "BAD_STRUCTURE_SET": "The RT Structure Set cannot be read. Export it again.",
+    "BAD_SEGMENTATION": "The DICOM SEG cannot be read. Export it again, as binary or fractional segments.",
     "CONTOUR_OFF_PLANE": "A contour does not lie on a slice of the volume. Draw or resample it on this series.",
+    "BAD_BOX": "A row of the table of boxes cannot be used. Mend the line that the detail names.",
+    "BOX_OFF_SLICE": "A row of the table of boxes names no slice of its series. Mend the line that the detail names.",
     # the program
     "READER_FAILED": "A defect of the reader, not of the data. Report it with its text.",
 }
@@ -68,8 +71,8 @@ WARNINGS: dict[str, str] = {
     "TILT_TAG_IGNORED": "Gantry/Detector Tilt is not zero, but the slices lie straight above one another.",
     "NOT_AXIAL": "The slices are nearer to coronal or sagittal than to axial.",
     "HU_CLIPPED": "Values beyond the range of 16-bit integers were clipped.",
-    "ROI_NOT_FOUND": "The structure set of this series outlines no matching region; nobody searched its slices.",
-    "CONTOUR_OUTSIDE_DROPPED": "Contours above or below the slices at hand were left out.",
+    "ROI_NOT_FOUND": "No structure set or segmentation of the series has a matching region; it counts as not searched.",
+    "CONTOUR_OUTSIDE_DROPPED": "Contours or segmented planes above or below the slices at hand were left out.",
     "BOX_CLIPPED": "A box reached beyond the image and was cut there.",
     "BOX_DROPPED": "A box without extent in the image was left out; an image left with none counts as not searched.",
 }
