@@ -13,6 +13,7 @@ from mp3d.errors import DataError, Refusal
 
 SERIES, IMAGE, POSITION, LABEL = "SeriesInstanceUID", "SOPInstanceUID", "z_mm", "label"
 SIDES = ("x1", "y1", "x2", "y2")
+SURPLUS = "values beyond the last column"
 LESION = "lesion"
 """The label of every box where the table has no column of labels."""
 MAX_TABLE_BYTES = 64 * 2**20
@@ -68,7 +69,7 @@ def read_box_tables(paths: Sequence[Path]) -> BoxTable:
     table = BoxTable(defaultdict(list), {}, "+".join(sha256(content).hexdigest() for content in contents.values()))
     for path, content in contents.items():
         for line, fields in _lines(path, content):
-            if not (series := fields.get(SERIES)):
+            if not (series := fields[SERIES]):
                 raise DataError(f"{path}, line {line} has no {SERIES}; every row belongs to a series")
             try:
                 table.rows[series].append(_row(line, fields))
@@ -91,7 +92,7 @@ def _read(path: Path) -> bytes:
 def _lines(path: Path, content: bytes) -> Iterator[tuple[int, dict[str, str]]]:
     """Line numbers and values of the rows."""
     try:
-        lines = csv.DictReader(StringIO(content.decode("utf-8-sig"), newline=""))
+        lines = csv.DictReader(StringIO(content.decode("utf-8-sig"), newline=""), restkey=SURPLUS)
         columns = lines.fieldnames = [name.strip() for name in lines.fieldnames or ()]
         wanted = [SERIES, *SIDES] + ([] if {IMAGE, POSITION} & set(columns) else [f"{IMAGE} or {POSITION}"])
         if missing := [name for name in wanted if name not in columns]:
@@ -104,16 +105,14 @@ def _lines(path: Path, content: bytes) -> Iterator[tuple[int, dict[str, str]]]:
 def _filled(lines: csv.DictReader) -> Iterator[tuple[int, dict[str, str]]]:
     """Rows that are not blank, as spreadsheets leave some at the end, without spaces around the values."""
     for row in lines:
-        fields = {name: (value or "").strip() for name, value in row.items() if name is not None}
-        if None in row:  # values beyond the last column: of a decimal comma, say
-            fields[""] = "more"
+        fields = {name: "".join(value or "").strip() for name, value in row.items()}
         if any(fields.values()):
             yield lines.line_num, fields
 
 
 def _row(line: int, fields: dict[str, str]) -> BoxRow:
     """Raises ValueError with what is wrong."""
-    if "" in fields:
+    if fields.get(SURPLUS):  # of a decimal comma, say
         raise ValueError("has more values than columns; write decimals with a point")
     image, position = fields.get(IMAGE, ""), fields.get(POSITION, "")
     z_mm = _number(fields, POSITION) if position else None
