@@ -112,7 +112,8 @@ def _slice_of(row: BoxRow, volume: Volume, stored: Sequence[StoredSlice]) -> int
         detail = "no slice" if not there else f"{len(there)} frames of one image; give z_mm and no SOPInstanceUID"
         raise Refusal("BOX_OFF_SLICE", f"line {row.line} of the table of boxes names {detail}")
     step_mm = float(volume.affine[2, 2])
-    z = ((row.z_mm or 0.0) - float(volume.affine[2, 3])) / step_mm if step_mm else math.nan
+    along_z = abs(step_mm) > volume.spacing_mm[0] / 2  # elsewhere one z_mm lies on many slices
+    z = ((row.z_mm or 0.0) - float(volume.affine[2, 3])) / step_mm if along_z else math.nan
     if not (abs(z - np.rint(z)) <= PLANE_TOLERANCE and 0 <= np.rint(z) < len(volume.hu)):  # also NaN
         first, last = volume.affine[2, 3], volume.affine[2, 3] + step_mm * (len(volume.hu) - 1)
         raise Refusal(
