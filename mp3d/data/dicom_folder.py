@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Literal
 
 from mp3d.config import GeometryPolicy
+from mp3d.data import rtstruct, segmentation
+from mp3d.data.decode import shared_pool
 from mp3d.data.dicom import Header, SeriesFiles, group_series, load_volume
 from mp3d.data.masks import boxes_from_mask
-from mp3d.data.rtstruct import LESION_ROI, mask_from_contours, read_structure_set
-from mp3d.data.segmentation import mask_from_frames, read_segmentation
+from mp3d.data.rtstruct import LESION_ROI, StructureSet, mask_from_contours
+from mp3d.data.segmentation import Segmentation, mask_from_frames
 from mp3d.data.series import CTSeries, Truth
 from mp3d.data.source import Item, Source
 from mp3d.errors import ConfigError, Refusal
@@ -94,8 +96,9 @@ def load_series(series: SeriesFiles, annotations: Sequence[Header], roi: str, po
             :func:`~mp3d.data.segmentation.mask_from_frames`.
     """
     volume, stored, warnings = load_volume(series, policy)
-    outlined = [read_structure_set(header, roi) for header in annotations if header.modality == "RTSTRUCT"]
-    segmented = [read_segmentation(header, roi) for header in annotations if header.modality == "SEG"]
+    found = [_read(header, roi) for header in annotations]
+    outlined = [annotation for annotation in found if isinstance(annotation, StructureSet)]
+    segmented = [annotation for annotation in found if isinstance(annotation, Segmentation)]
     regions = [region for structure_set in outlined for region in structure_set.regions]
     num_segments = sum(segmentation.num_segments for segmentation in segmented)
     truths = tuple(Truth() for _ in volume.hu)
@@ -119,8 +122,13 @@ def load_series(series: SeriesFiles, annotations: Sequence[Header], roi: str, po
 
 def _marked(header: Header, roi: str, listed: Sequence[SeriesFiles]) -> list[SeriesFiles]:
     """The series that a structure set or segmentation belongs to."""
-    read = read_structure_set if header.modality == "RTSTRUCT" else read_segmentation
-    annotation = read(header, roi)
+    annotation = _read(header, roi)
     if annotation.series_instance_uids:
         return [series for series in listed if series.series_instance_uid in annotation.series_instance_uids]
     return [series for series in listed if series.frame_of_reference_uid in annotation.frame_of_reference_uids]
+
+
+def _read(header: Header, roi: str) -> StructureSet | Segmentation:
+    """What a structure set or segmentation marks, read in a worker."""
+    read = rtstruct.read_isolated if header.modality == "RTSTRUCT" else segmentation.read_isolated
+    return read(header, roi, shared_pool())

@@ -8,16 +8,21 @@ import re
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float, UInt8
 from pydicom import uid
 from pydicom.dataset import Dataset
 from pydicom.filereader import read_dataset
+from pydicom.tag import Tag
 
+from mp3d.data.decode import Pool, Request
 from mp3d.data.dicom.elements import PIXEL_DATA, Body, open_body
 from mp3d.data.dicom.frames import PER_FRAME, SHARED
 from mp3d.data.dicom.header import Header
+from mp3d.data.dicom.isolated import as_header, as_plain
 from mp3d.data.dicom.volume import StoredSlice
 from mp3d.data.rtstruct import LESION_ROI, PLANE_TOLERANCE
 from mp3d.data.series import Volume
@@ -25,8 +30,9 @@ from mp3d.errors import Refusal
 
 PIXEL_TOLERANCE = 0.1
 """Pixels of a frame may lie off those of the series by this share of a pixel."""
-MAX_FRAME_PIXELS = 2**31
-"""In all frames of the chosen segments."""
+MAX_FRAME_PIXELS = 2**28
+"""In all frames of the chosen segments: 1,000 frames of 512 x 512."""
+KEYWORDS = ("SegmentSequence", "ReferencedSeriesSequence", "SegmentationType", "MaximumFractionalValue", SHARED)
 
 
 @dataclass(frozen=True)
@@ -77,15 +83,48 @@ def read_segmentation(header: Header, segment: str = LESION_ROI) -> Segmentation
     with body.file, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # pydicom's warnings quote values, which may name a patient
         try:
-            dataset = read_dataset(
-                body.file, body.implicit_vr, body.little_endian, stop_when=lambda tag, _vr, _length: tag >= PIXEL_DATA
-            )
-            return _segmentation(dataset, header, body, re.compile(segment))
+            return _segmentation(header, body, re.compile(segment))
         except Refusal:
             raise
         except Exception as error:  # pydicom raises whatever its parsing of broken bytes runs into
             detail = f"the segmentation cannot be parsed ({type(error).__name__}); export it again"
             raise Refusal("BAD_SEGMENTATION", detail) from error
+
+
+def read_isolated(header: Header, segment: str, pool: Pool) -> Segmentation:
+    """:func:`read_segmentation` in a worker.
+
+    Raises:
+        Refusal: as there and :meth:`~mp3d.data.decode.Pool.call`.
+    """
+    arguments = {"header": as_plain(header), "segment": segment}
+    sent, packed = pool.call(Request("read_segmentation", header.source, arguments, "the segmentation"))
+    size = header.rows * header.columns
+    inside = (np.unpackbits(frame, count=size).astype(bool) for frame in packed.astype(np.uint8))
+    return Segmentation(
+        series_instance_uids=frozenset(map(str, sent["series_instance_uids"])),
+        frame_of_reference_uids=frozenset(map(str, sent["frame_of_reference_uids"])),
+        num_segments=int(sent["num_segments"]),
+        frames=tuple(
+            SegmentFrame(
+                inside=one.reshape(header.rows, header.columns),
+                affine=None if affine is None else np.array(affine, np.float64).reshape(4, 4),
+                drawn_on=drawn_on and (str(drawn_on[0]), int(drawn_on[1])),
+            )
+            for one, (affine, drawn_on) in zip(inside, sent["frames"], strict=True)
+        ),
+    )
+
+
+def segmentation_task(
+    source: Path | bytes, header: dict[str, Any], segment: str
+) -> tuple[dict[str, Any], UInt8[np.ndarray, "n bytes"]]:
+    """What a worker does for :func:`read_isolated`: references and places of frames; the pixels as bits."""
+    read = read_segmentation(as_header(header, source), segment)
+    uids = {name: sorted(getattr(read, name)) for name in ("series_instance_uids", "frame_of_reference_uids")}
+    places = [[None if frame.affine is None else frame.affine.tolist(), frame.drawn_on] for frame in read.frames]
+    packed = [np.packbits(frame.inside) for frame in read.frames]
+    return uids | {"num_segments": read.num_segments, "frames": places}, np.array(packed, np.uint8)
 
 
 def mask_from_frames(
@@ -148,10 +187,35 @@ def _place(frame: SegmentFrame, volume: Volume, drawn_on: int | None) -> tuple[i
     return x, y, z
 
 
-def _segmentation(dataset: Dataset, header: Header, body: Body, segment: re.Pattern[str]) -> Segmentation:
+def _segmentation(header: Header, body: Body, segment: re.Pattern[str]) -> Segmentation:
+    dataset = _elements(body, KEYWORDS)
+    references = dataset.get("ReferencedSeriesSequence") or []
     numbers = {int(item.SegmentNumber) for item in dataset.SegmentSequence if any(map(segment.search, _names(item)))}
+    return Segmentation(
+        series_instance_uids=frozenset(str(item.SeriesInstanceUID) for item in references),
+        frame_of_reference_uids=frozenset({header.frame_of_reference_uid} - {""}),
+        num_segments=len(numbers),
+        frames=_frames(dataset, header, body, numbers) if numbers else (),
+    )
+
+
+def _elements(body: Body, keywords: Sequence[str]) -> Dataset:
+    """Some elements before the pixels: the frames of a segmentation of all organs take seconds to parse."""
+    start = body.file.tell()
+    dataset = read_dataset(
+        body.file,
+        body.implicit_vr,
+        body.little_endian,
+        stop_when=lambda tag, _vr, _length: tag >= PIXEL_DATA,
+        specific_tags=[Tag(keyword) for keyword in keywords],
+    )
+    body.file.seek(start)
+    return dataset
+
+
+def _frames(dataset: Dataset, header: Header, body: Body, numbers: set[int]) -> tuple[SegmentFrame, ...]:
     shared = (dataset.get(SHARED) or [Dataset()])[0]
-    groups = list(dataset[PER_FRAME].value)
+    groups = list(_elements(body, [PER_FRAME])[PER_FRAME].value)
     if len(groups) != header.number_of_frames:
         detail = f"{header.number_of_frames} frames (0028,0008) and functional groups (5200,9230) for {len(groups)}"
         raise Refusal("BAD_SEGMENTATION", f"the segmentation has {detail}; export it again")
@@ -164,15 +228,7 @@ def _segmentation(dataset: Dataset, header: Header, body: Body, segment: re.Patt
         detail = f"{len(chosen)} frames of {header.rows} x {header.columns} pixels"
         raise Refusal("TOO_LARGE", f"the segmentation has {detail}, more than {MAX_FRAME_PIXELS:g} in all; split it")
     read_frame = _frame_reader(dataset, header, body)
-    references = dataset.get("ReferencedSeriesSequence") or []
-    return Segmentation(
-        series_instance_uids=frozenset(str(item.SeriesInstanceUID) for item in references),
-        frame_of_reference_uids=frozenset({header.frame_of_reference_uid} - {""}),
-        num_segments=len(numbers),
-        frames=tuple(
-            SegmentFrame(read_frame(index), _affine(group, shared), _drawn_on(group)) for index, group in chosen
-        ),
-    )
+    return tuple(SegmentFrame(read_frame(index), _affine(group, shared), _drawn_on(group)) for index, group in chosen)
 
 
 def _frame_reader(dataset: Dataset, header: Header, body: Body) -> Callable[[int], Bool[np.ndarray, "h w"]]:

@@ -48,11 +48,27 @@ class Body:
 
 
 class Pixels(NamedTuple):
-    """Where the value of Pixel Data lies in the (inflated) file."""
+    """Where the value of Pixel Data, or what of it is one frame, lies in the (inflated) file."""
 
     offset: int
     length: int | None
     """None: undefined, the pixels are compressed."""
+
+
+def open_source(source: Path | bytes) -> File:
+    """Open a file, or its bytes.
+
+    Raises:
+        Refusal: ``UNREADABLE``; also a pipe or device, which might never end.
+    """
+    if isinstance(source, bytes):
+        return BytesIO(source)
+    try:
+        if not source.is_file():
+            raise FileNotFoundError
+        return source.open("rb")
+    except OSError as error:
+        raise Refusal("UNREADABLE", f"the file cannot be opened ({type(error).__name__})") from error
 
 
 def open_body(source: Path | bytes) -> Body:
@@ -61,10 +77,7 @@ def open_body(source: Path | bytes) -> Body:
     Raises:
         Refusal: ``UNREADABLE``, ``NOT_DICOM``, ``BAD_HEADER`` or ``TOO_LARGE``.
     """
-    try:
-        file = BytesIO(source) if isinstance(source, bytes) else source.open("rb")
-    except OSError as error:
-        raise Refusal("UNREADABLE", f"the file cannot be opened ({type(error).__name__})") from error
+    file = open_source(source)
     try:
         return _open_body(file)
     except OSError as error:
