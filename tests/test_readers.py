@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 
 from mp3d.data import READERS
-from mp3d.data.nifti import load_pair, read_nifti
+from mp3d.data.dicom_folder import read_dicom
 from mp3d.data.series import CTSeries, Truth
-from mp3d.data.source import Item, Source
+from mp3d.data.source import Item, PictureBatch, Source
 from mp3d.data.splits import SPLITS
+from mp3d.errors import Refusal
 from tests.reader_contract import check_reader
 from tests.reader_worlds import MAKERS
 
@@ -34,7 +35,7 @@ def test_no_world_without_reader():
 
 def changed(root: Path, change: Callable[[Item], Item]) -> Source:
     """A reader that does one thing differently."""
-    source = read_nifti(root)
+    source = read_dicom(root)
     return replace(source, items=tuple(map(change, source.items)))
 
 
@@ -54,8 +55,13 @@ def unsearched_where_empty(series: CTSeries) -> CTSeries:
 
 
 def label_of_no_class(series: CTSeries) -> CTSeries:
-    truths = (replace(truth, labels=np.full_like(truth.labels, 2)) for truth in series.truths)
-    return replace(series, truths=tuple(truths))
+    return replace(
+        series,
+        truths=tuple(
+            truth if truth.labels is None else replace(truth, labels=np.full_like(truth.labels, 2))
+            for truth in series.truths
+        ),
+    )
 
 
 def other_pixels_each_time(series: CTSeries) -> CTSeries:
@@ -76,20 +82,27 @@ def unlisted_warning(series: CTSeries) -> CTSeries:
     return replace(series, warnings=("UNHEARD_OF",))
 
 
-def from_working_folder(key: str) -> CTSeries:
-    return load_pair(Path(key), None, "patient", key, 1)
+def load_from_working_folder(item: Item) -> CTSeries | PictureBatch:
+    if not Path(item.key).exists():
+        raise Refusal("UNREADABLE", "the file cannot be opened")
+    return item.load()
 
 
 NUMBERS = count()
-WRONG_SERIES = (unsearched_where_empty, label_of_no_class, other_pixels_each_time, mirrored, other_patient) + (
+WRONG_SERIES = (
+    unsearched_where_empty,
+    label_of_no_class,
+    other_pixels_each_time,
+    mirrored,
+    other_patient,
     unlisted_warning,
 )
 WRONG_ITEMS: dict[str, Callable[[Item], Item]] = {
     "a key that changes": lambda item: replace(item, key=f"{item.key}{next(NUMBERS)}"),
     "an absolute key": lambda item: replace(item, key=f"/data/{item.key}"),
     "a load that cannot travel": lambda item: replace(item, load=lambda: item.load()),
-    "a relative path": lambda item: replace(item, load=partial(from_working_folder, item.key)),
-    "a patient in two splits": lambda item: replace(item, patient="one", split=SPLITS[int(item.patient[-1])]),
+    "a relative path": lambda item: replace(item, load=partial(load_from_working_folder, item)),
+    "a patient in two splits": lambda item: replace(item, patient="one", split=SPLITS[int(item.patient[-1]) % 3]),
 }
 
 
@@ -98,7 +111,7 @@ def test_the_contract_accepts_what_is_not_changed(tmp_path: Path, monkeypatch: p
     root = tmp_path / "raw"
     root.mkdir()
     read = partial(changed, change=lambda item: replace(item, load=partial(load_changed, item, unchanged)))
-    check_reader(read, MAKERS["nifti"](root), root, monkeypatch)
+    check_reader(read, MAKERS["dicom"](root), root, monkeypatch)
 
 
 @pytest.mark.parametrize("change", WRONG_SERIES)
@@ -107,7 +120,7 @@ def test_the_contract_notices_a_wrong_series(change: Callable, tmp_path: Path, m
     root.mkdir()
     read = partial(changed, change=lambda item: replace(item, load=partial(load_changed, item, change)))
     with pytest.raises(AssertionError):
-        check_reader(read, MAKERS["nifti"](root), root, monkeypatch)
+        check_reader(read, MAKERS["dicom"](root), root, monkeypatch)
 
 
 @pytest.mark.parametrize("what", WRONG_ITEMS)
@@ -115,4 +128,4 @@ def test_the_contract_notices_a_wrong_item(what: str, tmp_path: Path, monkeypatc
     root = tmp_path / "raw"
     root.mkdir()
     with pytest.raises((AssertionError, AttributeError)):  # pickle raises the second
-        check_reader(partial(changed, change=WRONG_ITEMS[what]), MAKERS["nifti"](root), root, monkeypatch)
+        check_reader(partial(changed, change=WRONG_ITEMS[what]), MAKERS["dicom"](root), root, monkeypatch)
