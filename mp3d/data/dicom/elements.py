@@ -174,7 +174,7 @@ def read_elements(body: Body, keywords: Iterable[str]) -> tuple[Elements, Pixels
             if tag >= PIXEL_DATA:
                 end = walker.at + length
                 if tag == PIXEL_DATA:
-                    return elements, Pixels(walker.at, length), end > body.size
+                    return elements, Pixels(walker.at, length), walker.at + length > body.size
                 break
             if tag in tags and length != UNDEFINED_LENGTH:
                 value = walker.read(length, MAX_VALUE_BYTES + 1)
