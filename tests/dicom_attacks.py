@@ -235,7 +235,7 @@ ATTACKS: dict[str, tuple[Attack, str]] = {
     "65535 x 65535": (changed(Rows=65535, Columns=65535), "TOO_LARGE"),
     "2147483647 frames": (changed(NumberOfFrames=2**31 - 1), "MULTIFRAME_UNSUPPORTED"),
     "2147483647 frames, enhanced": (lambda ds: to_bytes(_set(enhanced([ds]), NumberOfFrames=2**31 - 1)), "TOO_LARGE"),
-    "a million tiny elements": (tiny_elements, "hu"),
+    "a million tiny elements": (tiny_elements, "TOO_LARGE"),
     "a million fragments": (
         with_pixels(element(PIXEL_DATA, b"OB", ITEM * 10**6 + SEQUENCE_END, UNDEFINED), uid.RLELossless),
         "TRUNCATED",
