@@ -10,8 +10,8 @@ import pytest
 from mp3d.config import GeometryPolicy
 from mp3d.data.dicom import StoredSlice, group_series, load_volume, read_header, read_hu
 from mp3d.data.dicom_folder import read_dicom
-from mp3d.data.nifti import load_image, load_mask, read_nifti
 from mp3d.data.series import CTSeries, Volume
+from mp3d.data.volumes import load_image, load_mask, read_volumes
 from mp3d.errors import Refusal
 
 SHARED = Path(os.environ.get("MP3D_SHARED_DATA", Path(__file__).parents[2] / "shared" / "data"))
@@ -30,7 +30,7 @@ def masks(series: CTSeries) -> np.ndarray:
 
 class TestSarcoma:
     def test_all_cases_as_nifti(self) -> None:
-        source = read_nifti(SHARED / "sts" / "nifti")
+        source = read_volumes(SHARED / "sts" / "nifti")
         assert (len(source.items), source.refused) == (16, ())
         series = next(item for item in source.items if item.patient == "STS_001").load()
         assert isinstance(series, CTSeries)
@@ -45,7 +45,7 @@ class TestSarcoma:
         assert source.refused == ()
         (item,) = source.items
         dicom = item.load()
-        (item,) = read_nifti(SHARED / "sts" / "nifti" / patient).items
+        (item,) = read_volumes(SHARED / "sts" / "nifti" / patient).items
         nifti = item.load()
         assert isinstance(dicom, CTSeries)
         assert isinstance(nifti, CTSeries)

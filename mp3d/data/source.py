@@ -52,7 +52,7 @@ class Source:
 
     Attributes:
         dataset: its name in every row.
-        reader: reader and version, e.g. ``nifti/1``; the version changes when the same files would give other rows.
+        reader: reader and version, e.g. ``volumes/1``; the version changes when the same files would give other rows.
         class_names: of the labels 1, 2, ... of boxes, or of the image labels 0, 1, ... of pictures.
         items: in a stable order.
         refused: what was refused while listing: key and refusal.

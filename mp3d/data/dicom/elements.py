@@ -177,7 +177,10 @@ def read_elements(body: Body, keywords: Iterable[str]) -> tuple[Elements, Pixels
                 end = walker.at + length
                 break
             if tag in tags and length != UNDEFINED_LENGTH:
-                elements[tag] = walker.read(length, MAX_VALUE_BYTES + 1)
+                value = walker.read(length, MAX_VALUE_BYTES + 1)
+                if elements.setdefault(tag, value) != value:
+                    name = f"({tag >> 16:04X},{tag & 0xFFFF:04X})"
+                    raise Refusal("BAD_HEADER", f"{name} is there twice, with two values; export the file again")
             else:
                 walker.skip(element)
             end = walker.at
