@@ -175,11 +175,6 @@ def read_elements(body: Body, keywords: Iterable[str]) -> tuple[Elements, Pixels
                 return elements, Pixels(walker.at, length), walker.at + length > body.size
             if tag > PIXEL_DATA:
                 end = walker.at + length
-<<<<<<< HEAD
-                if tag == PIXEL_DATA:
-                    return elements, Pixels(walker.at, length), walker.at + length > body.size
-=======
->>>>>>> decoders
                 break
             if tag in tags and length != UNDEFINED_LENGTH:
                 value = walker.read(length, MAX_VALUE_BYTES + 1)
