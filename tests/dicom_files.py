@@ -214,6 +214,59 @@ def structure_set(contours: Sequence[Sequence[np.ndarray]], names: Sequence[str]
     return ds
 
 
+def segmentation(volume: Volume, segments: dict[str, np.ndarray], fractional: bool = False) -> Dataset:
+    """A DICOM SEG of the made series: a frame for each slice on which a segment, (d, h, w), is not empty."""
+    frames = [
+        (number, z) for number, inside in enumerate(segments.values(), 1) for z in np.flatnonzero(inside.any((1, 2)))
+    ]
+    ds = Dataset()
+    ds.SOPClassUID, ds.SOPInstanceUID, ds.Modality = uid.SegmentationStorage, f"{SERIES_UID}.0.3", "SEG"
+    ds.PatientID, ds.StudyInstanceUID, ds.SeriesInstanceUID = "CANARY-ID", STUDY_UID, f"{SERIES_UID}.3"
+    ds.FrameOfReferenceUID = FRAME_UID
+    ds.ReferencedSeriesSequence = [_item(SeriesInstanceUID=SERIES_UID)]
+    ds.SegmentSequence = [
+        _item(
+            SegmentNumber=number,
+            SegmentLabel=name,
+            SegmentedPropertyTypeCodeSequence=[
+                _item(CodeValue="108369006", CodingSchemeDesignator="SCT", CodeMeaning="Tissue")
+            ],
+        )
+        for number, name in enumerate(segments, 1)
+    ]
+    z_spacing, y_spacing, x_spacing = volume.spacing_mm
+    ds.SamplesPerPixel, ds.PhotometricInterpretation, ds.PixelRepresentation = 1, "MONOCHROME2", 0
+    ds.NumberOfFrames, (ds.Rows, ds.Columns) = len(frames), volume.hu.shape[1:]
+    ds.SharedFunctionalGroupsSequence = [
+        _item(
+            PlaneOrientationSequence=[
+                _item(ImageOrientationPatient=_ds(*volume.affine[:3, 0] / x_spacing, *volume.affine[:3, 1] / y_spacing))
+            ],
+            PixelMeasuresSequence=[_item(PixelSpacing=_ds(y_spacing, x_spacing), SliceThickness=_ds(z_spacing))],
+        )
+    ]
+    ds.PerFrameFunctionalGroupsSequence = [
+        _item(
+            PlanePositionSequence=[_item(ImagePositionPatient=_ds(*(volume.affine @ [0, 0, z, 1])[:3]))],
+            SegmentIdentificationSequence=[_item(ReferencedSegmentNumber=number)],
+        )
+        for number, z in frames
+    ]
+    stored = np.array([[*segments.values()][number - 1][z] for number, z in frames])
+    if fractional:
+        ds.SegmentationType, ds.SegmentationFractionalType, ds.MaximumFractionalValue = "FRACTIONAL", "PROBABILITY", 200
+        ds.BitsAllocated = ds.BitsStored = 8
+        ds.PixelData = np.rint(stored * 200).astype(np.uint8).tobytes()
+    else:
+        ds.SegmentationType = "BINARY"
+        ds.BitsAllocated = ds.BitsStored = 1
+        ds.PixelData = np.packbits(stored.astype(bool), bitorder="little").tobytes()
+    ds.HighBit = ds.BitsStored - 1
+    ds.PixelData += bytes(len(ds.PixelData) % 2)
+    ds["PixelData"].VR = "OB"
+    return ds
+
+
 def _item(**elements: object) -> Dataset:
     item = Dataset()
     for keyword, value in elements.items():

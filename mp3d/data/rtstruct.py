@@ -20,7 +20,7 @@ from mp3d.data.masks import fill_contours
 from mp3d.data.series import Volume
 from mp3d.errors import Refusal
 
-LESION_ROI = r"(?i)gtv|lesion|tumou?r|nodule|mass|metasta"
+LESION_ROI = r"(?i)gtv|lesion|tumou?r|neoplas|nodule|mass|metasta"
 """Names of regions that outline a lesion, rather than an organ or a treatment volume."""
 PLANE_TOLERANCE = 0.25
 """A contour may lie off its slice by this share of the slice spacing."""

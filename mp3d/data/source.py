@@ -19,10 +19,12 @@ class PictureBatch:
     Attributes:
         pictures: in the order of :attr:`Item.members`.
         refused: member and refusal.
+        warnings: reason codes of what was tolerated in any of them.
     """
 
     pictures: tuple[Picture, ...]
     refused: tuple[tuple[str, Refusal], ...] = ()
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -171,10 +171,10 @@ def read_elements(body: Body, keywords: Iterable[str]) -> tuple[Elements, Pixels
             tag, _, length = element
             if tag == PIXEL_DATA and length == UNDEFINED_LENGTH:
                 return elements, Pixels(walker.at, None), not _reaches_delimiter(body.file, walker.at)
-            if tag >= PIXEL_DATA:
+            if tag == PIXEL_DATA:
+                return elements, Pixels(walker.at, length), walker.at + length > body.size
+            if tag > PIXEL_DATA:
                 end = walker.at + length
-                if tag == PIXEL_DATA:
-                    return elements, Pixels(walker.at, length), end > body.size
                 break
             if tag in tags and length != UNDEFINED_LENGTH:
                 value = walker.read(length, MAX_VALUE_BYTES + 1)
