@@ -14,8 +14,8 @@ from pathlib import Path
 from mp3d import cli
 from mp3d.checkpoint import open_checkpoint
 from mp3d.config import EvaluateConfig
-from mp3d.data.batches import Sample
 from mp3d.data.part import quiet_ray_data
+from mp3d.data.samples import Sample
 from mp3d.data.shard import open_shards
 from mp3d.evaluation import (
     ABLATIONS,
@@ -49,7 +49,7 @@ def evaluate(config: EvaluateConfig, *, dry_run: bool) -> int:
     samples = key_slice_samples(config, shards)
     variants: list[Variant] = ["trained"]
     if config.streamed:
-        check_streamable(checkpoint.config.model.norm)
+        check_streamable(checkpoint.config.model)
         variants.append("streamed")
     if config.ablations:
         variants += ABLATIONS

@@ -13,9 +13,6 @@ from typing import NotRequired, TypedDict
 
 from torch import Tensor
 
-UNKNOWN = 255
-"""Value of a mask where nobody said what is there: it is neither trained on nor judged."""
-
 
 @dataclass(frozen=True)
 class Clip:
@@ -43,7 +40,7 @@ class Target(TypedDict):
     label: NotRequired[Tensor]
     """Scalar int64: the class of the whole picture or clip, from 0."""
     mask: NotRequired[Tensor]
-    """``(h, w)`` uint8 classes, 0 the background, ``UNKNOWN`` where they are not known."""
+    """``(h, w)`` uint8 classes, 0 the background, ``mp3d.config.UNKNOWN`` where they are not known."""
 
 
 class Prediction(TypedDict):

@@ -65,7 +65,19 @@ def test_planes_are_shuffled_in_all_orders():
 def test_random_crop_keeps_size_and_type_and_stays_inside():
     planes = torch.full((3, 40, 60), 200, dtype=torch.uint8)
     for seed in range(20):
-        cropped = random_resized_crop(planes, (0.08, 1.0), np.random.default_rng(seed))
+        cropped, _ = random_resized_crop(planes, [], (0.08, 1.0), np.random.default_rng(seed))
         assert cropped.shape == planes.shape
         assert cropped.dtype == torch.uint8
         assert (cropped == 200).all()
+
+
+def test_masks_follow_a_random_crop():
+    mask = torch.zeros(40, 60, dtype=torch.uint8)
+    mask[5:22, 30:51] = 3
+    planes = (mask * 80).expand(3, 40, 60)
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        cropped, (target,) = random_resized_crop(planes, [Target(mask=mask)], (0.2, 1.0), rng)
+        assert set(target["mask"].unique().tolist()) <= {0, 3}
+        assert ((cropped[0] > 120) == (target["mask"] == 3)).float().mean() > 0.97
+    assert mask.sum() == 3 * 17 * 21

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from mp3d.config.base import Config, Fraction
+from mp3d.config.heads import UNKNOWN as UNKNOWN
 from mp3d.config.heads import ClassificationHead, DetectionHead, SegmentationHead
 
 BackboneName = Literal[
@@ -27,7 +28,9 @@ class ClipConfig(Config):
     """How stored slices become what the network reads (MP3D port, ``image_io_3DCE.py``)."""
 
     num_slices: PositiveInt = 9
-    """Slices that a key slice is judged by, odd; it is the middle one. 3 for colour pictures (their planes)."""
+    """Slices that a key slice is judged by, odd; it is the middle one. 3 for colour pictures (their planes). Of a block
+    all its slices, be they even.
+    """
     num_key_slices: PositiveInt = 1
     """Neighbouring slices of a clip any of which may be a key slice. 1: windows, as published; 9: slabs of 17 slices.
     A detector trained on slabs can be run over a whole series at once.
@@ -46,6 +49,13 @@ class ClipConfig(Config):
     """Divides after the mean is subtracted."""
     image_size: PositiveInt = 512
     """Pixels of the longer side after resizing, in evaluation and serving; a multiple of 32 wastes no padding."""
+    block: Literal["centre", "anywhere"] | None = None
+    """A clip is a block of a series, ``num_slices`` x ``image_size`` x ``image_size``, instead of whole slices: the one
+    in the middle of each stored series, as of the cubes around nodules; or any, as of an organ. Beyond the series is
+    air.
+    """
+    pixel_spacing_mm: PositiveFloat | None = None
+    """Spacing of a block's rows and columns; None takes the pixels as they are stored."""
 
     @property
     def depth(self) -> int:
@@ -54,10 +64,14 @@ class ClipConfig(Config):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if self.num_slices % 2 == 0:
+        if self.block is None and self.num_slices % 2 == 0:
             raise ValueError(f"num_slices is {self.num_slices}; it must be odd so that there is a middle slice")
         if self.window_hu[0] >= self.window_hu[1]:
             raise ValueError(f"window_hu is {self.window_hu}; the lower bound comes first")
+        if self.block is not None and (self.num_key_slices > 1 or self.interpolation != "exact"):
+            raise ValueError("a block has no window slid over it; set num_key_slices to 1 and interpolation to exact")
+        if self.block is None and self.pixel_spacing_mm is not None:
+            raise ValueError("whole slices are brought to image_size; pixel_spacing_mm is for blocks")
         return self
 
 
@@ -74,6 +88,12 @@ class AugmentConfig(Config):
     """Colour pictures: a fresh random order of the three planes for every picture (VDT, ``RandomChannelShuffle``)."""
     crop_scale: tuple[Fraction, Fraction] | None = None
     """Colour pictures: area of the random resized crop as a share of the picture; None: no crop."""
+    shift_px: tuple[NonNegativeInt, NonNegativeInt] = (0, 0)
+    """Blocks: how far the centre is moved at most, along z and in the plane, in voxels of the block."""
+    zoom: tuple[PositiveFloat, PositiveFloat] = (1.0, 1.0)
+    """Blocks: bounds of a random magnification in the plane."""
+    quarter_turns: bool = False
+    """Blocks of equal sides: a random quarter turn, none to three, around each axis."""
 
 
 class StrideConfig(Config):
@@ -151,11 +171,15 @@ class ModelConfig(Config):
 class OptimConfig(Config):
     """Optimiser and schedule; the defaults are the authors' for DeepLesion."""
 
-    algorithm: Literal["sgd", "adamw"] = "sgd"
+    algorithm: Literal["sgd", "adam", "adamw"] = "sgd"
+    """adam adds the weight decay to the gradient, adamw to the step."""
     lr: PositiveFloat = 0.02
     momentum: Fraction = 0.9
     weight_decay: NonNegativeFloat = 1e-4
-    schedule: Literal["step", "cosine", "constant"] = "step"
+    schedule: Literal["step", "cosine", "poly", "constant"] = "step"
+    """poly: from ``lr`` to ``min_lr`` as the remaining share of the steps to the power 0.9."""
+    min_lr: NonNegativeFloat = 0.0
+    """Where ``poly`` ends."""
     milestones: tuple[PositiveInt, ...] = (16, 22)
     """Epochs after which ``step`` multiplies the learning rate by ``gamma``."""
     gamma: PositiveFloat = 0.1
@@ -228,6 +252,23 @@ class TrainConfig(Config):
     loop: LoopConfig = LoopConfig()
     launch: LaunchConfig = LaunchConfig()
     tracking: TrackingConfig = TrackingConfig()
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        block, kind, augment = self.clip.block, self.model.head.kind, self.augment
+        if block is not None and kind == "detection":
+            raise ValueError("a detector reads whole slices; leave clip.block unset")
+        if block is not None and augment.image_sizes:
+            raise ValueError("a block is not resized; set augment.image_sizes to () and use augment.zoom")
+        if block is None and (augment.shift_px, augment.zoom, augment.quarter_turns) != ((0, 0), (1.0, 1.0), False):
+            raise ValueError("augment.shift_px, zoom and quarter_turns are for blocks; set clip.block")
+        if block is None and kind == "segmentation" and self.clip.slice_spacing_mm is not None:
+            raise ValueError("of a CT a segmenter reads blocks; set clip.block to centre or anywhere")
+        if augment.quarter_turns and self.clip.num_slices != self.clip.image_size:
+            raise ValueError("augment.quarter_turns needs equal sides: set clip.num_slices to clip.image_size")
+        if augment.crop_scale is not None and kind == "detection":
+            raise ValueError("boxes do not follow a random crop; leave augment.crop_scale unset for a detector")
+        return self
 
     def identity(self) -> dict[str, Any]:
         """What must be equal for a run to be resumed: everything but where it runs and who watches."""

@@ -1,10 +1,13 @@
 """What sits on a backbone: one class for each kind of answer, told apart by ``kind``."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
 from mp3d.config.base import Config, Fraction
+
+UNKNOWN = 255
+"""Value of a mask where nobody said what is there: it is neither trained on nor judged."""
 
 
 class DetectionHead(Config):
@@ -53,7 +56,7 @@ class SegmentationHead(Config):
     """A class for every pixel of the key slices; the defaults are the authors' liver network (CSPR, ``LiTS_liver``)."""
 
     kind: Literal["segmentation"] = "segmentation"
-    num_classes: PositiveInt = 1
+    num_classes: Annotated[int, Field(ge=1, lt=UNKNOWN)] = 1
     """Classes of the mask, the background not counted."""
     decoder: Literal["unet", "fcn"] = "unet"
     """unet: reads the stem and all stages (``UNetNeck``); fcn: the stem, stage 2 and stage 4 (``LIDCFCNHead``)."""

@@ -3,6 +3,7 @@
 import numpy as np
 import torch
 from torch import Tensor
+from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
 from mp3d.config import AugmentConfig
@@ -15,7 +16,7 @@ def augment(
     """Apply what the config asks for; ``targets`` is per key slice and follows the order of ``clip.key_slices``."""
     slices, key_slices = clip.slices, clip.key_slices
     if config.crop_scale is not None:
-        slices = random_resized_crop(slices, config.crop_scale, rng)
+        slices, targets = random_resized_crop(slices, targets, config.crop_scale, rng)
     if config.shuffle_planes:
         slices = slices[torch.from_numpy(rng.permutation(len(slices)))]
     if rng.random() < config.horizontal_flip:
@@ -37,9 +38,11 @@ def mirrored(target: Target, width: int) -> Target:
     return changed
 
 
-def random_resized_crop(planes: Tensor, scale: tuple[float, float], rng: np.random.Generator) -> Tensor:
-    """A random part of a picture, its aspect ratio up to 4:3 away from the picture's, brought back to the picture's
-    size.
+def random_resized_crop(
+    planes: Tensor, targets: list[Target], scale: tuple[float, float], rng: np.random.Generator
+) -> tuple[Tensor, list[Target]]:
+    """A random part of a picture and its masks, its aspect ratio up to 4:3 away from the picture's, brought back to the
+    picture's size. Boxes stay as they are: a detector's pictures are not cropped.
 
     Args:
         planes: ``(3, h, w)`` uint8.
@@ -52,4 +55,12 @@ def random_resized_crop(planes: Tensor, scale: tuple[float, float], rng: np.rand
     crop_width = min(width, max(1, round(width * float(np.sqrt(area * ratio)))))
     top = int(rng.integers(height - crop_height + 1))
     left = int(rng.integers(width - crop_width + 1))
-    return F.resized_crop(planes, top, left, crop_height, crop_width, [height, width], antialias=True)
+    part = (top, left, crop_height, crop_width, [height, width])
+    cropped = []
+    for target in targets:
+        changed = target.copy()
+        if "mask" in changed:
+            nearest = InterpolationMode.NEAREST_EXACT
+            changed["mask"] = F.resized_crop(changed["mask"][None], *part, interpolation=nearest)[0]
+        cropped.append(changed)
+    return F.resized_crop(planes, *part, antialias=True), cropped

@@ -10,8 +10,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
-from mp3d.config import SegmentationHead
-from mp3d.sample import UNKNOWN
+from mp3d.config import UNKNOWN, SegmentationHead
 
 AUTHORS_LIDC_WEIGHTS = (1.0, 0.5)
 """Of cross-entropy and Dice: the default of a function that never gets the configured ones."""

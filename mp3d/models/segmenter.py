@@ -14,13 +14,13 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from mp3d.config import ClipConfig, ModelConfig, SegmentationHead
+from mp3d.config import UNKNOWN, ClipConfig, ModelConfig, SegmentationHead
 from mp3d.models.backbone import build_backbone
 from mp3d.models.folded import ConvNorm, Norm, WholeClips, fold, unfold
 from mp3d.models.resnet import base_channels, scaled_norm
 from mp3d.models.segmentation_losses import mask_losses
 from mp3d.models.transform import ClipBatch, ClipTransform
-from mp3d.sample import UNKNOWN, Clip, Prediction, Target
+from mp3d.sample import Clip, Prediction, Target
 
 
 class ConvStack(nn.Module):
