@@ -46,12 +46,12 @@ def classified_samples(shards: ShardSet, split: str) -> list[Sample]:
 
 
 def masked_samples(
-    shards: ShardSet, split: str, clip: ClipConfig, negatives: float = 0.0
+    shards: ShardSet, split: str, clip: ClipConfig | None = None, negatives: float = 0.0
 ) -> tuple[list[Sample], list[Sample]]:
     """Where there is something to segment, and where masks say that there is nothing (none if ``negatives`` is 0).
 
-    Of CT series with ``clip.block`` anywhere these are the middles of blocks; with centre there is one block for each
-    series. Pictures count as positives whatever their mask marks.
+    Of CT series these are the middles of blocks, or with ``clip.block`` centre there is one block for each series.
+    Pictures count as positives whatever their mask marks.
 
     Raises:
         DataError: no row of the split has a mask that marks something.
@@ -62,7 +62,7 @@ def masked_samples(
     if entries[0].spacing_mm is None:
         searched = [(entry, marked) for entry in entries for marked in (True, False)]
         return [Sample(entry, row) for entry, marked in searched for row in entry.rows_with_mask(marked)], []
-    if clip.block == "centre":
+    if clip is not None and clip.block == "centre":
         return [Sample(entry, entry.num_rows // 2) for entry in entries if entry.marked_per_row], []
     positives = [Sample(entry, row) for entry in entries for row in entry.rows_with_mask(True)]
     spare = [Sample(entry, row) for entry in entries for row in entry.rows_with_mask(False)] if negatives else []
