@@ -2,9 +2,10 @@
 
 import numpy as np
 import pytest
+import scipy.ndimage
 
 from mp3d.config import ClipConfig
-from mp3d.data.clips import resample_z, series_grid, window_positions
+from mp3d.data.clips import BLOCK_ROWS, resample_z, series_grid, window_positions
 
 NINE = ClipConfig()
 
@@ -55,6 +56,16 @@ def test_resample_is_linear_and_copies_whole_positions():
         assert np.abs(got - exact).max() <= 0.501
     assert (resampled[0] == slices[0]).all()
     assert (resampled[-1] == slices[-1]).all()
+
+
+@pytest.mark.parametrize("rows", [1, BLOCK_ROWS, 2 * BLOCK_ROWS + 3])
+def test_resample_agrees_with_scipy(rows: int):
+    slices = np.random.default_rng(rows).integers(-1024, 3072, (8, rows, 6)).astype(np.int16)
+    zoomed = scipy.ndimage.zoom(slices.astype(float), (20 / 8, 1, 1), order=1)
+    positions = np.linspace(0, 7, 20)
+    assert np.abs(resample_z(slices, positions) - zoomed).max() <= 0.501
+    shuffled = np.random.default_rng(0).permutation(20)
+    assert (resample_z(slices, positions[shuffled]) == resample_z(slices, positions)[shuffled]).all()
 
 
 def test_resample_does_not_overflow_between_the_extremes():

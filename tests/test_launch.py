@@ -1,6 +1,7 @@
 """Starting runs: claiming a name, asking the cluster first, Ray Train and Ray Tune at work. One Ray for all of it."""
 
 import json
+import os
 import time
 from pathlib import Path
 
@@ -57,6 +58,14 @@ def test_what_the_cluster_lacks_is_said_at_once(ray_cluster: None):
 )
 def test_a_worker_lies_on_one_node(bundles: list[dict], nodes: list[dict], expected: bool):
     assert fits(bundles, nodes) == expected
+
+
+@pytest.mark.ray
+def test_a_task_that_asked_for_no_gpu_sees_none(ray_cluster: None):
+    import ray
+
+    task = ray.remote(lambda: os.environ.get("CUDA_VISIBLE_DEVICES"))
+    assert ray.get(task.remote()) == ""
 
 
 @pytest.mark.ray

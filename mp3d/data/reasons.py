@@ -17,7 +17,7 @@ REASONS: dict[str, str] = {
     "NO_PIXELS": "The file has no Pixel Data (7FE0,0010). Export it with its pixels.",
     "PIXEL_LENGTH": "Pixel Data is shorter or longer than rows and columns ask for. Copy or export it again.",
     "BAD_PIXEL_FORMAT": "Pixels are not one sample of 16 bits, as CT stores them. Export the original CT images.",
-    "UNSUPPORTED_TRANSFER_SYNTAX": "No decoder for this compression. Export uncompressed, RLE, JPEG-LS or JPEG 2000.",
+    "UNSUPPORTED_TRANSFER_SYNTAX": "No decoder for it. Export uncompressed, RLE, JPEG lossless, JPEG-LS or JPEG 2000.",
     "DECODE_FAILED": "The compressed pixels are damaged. Copy or export the file again.",
     "DECODE_LIMIT": "Reading took more time or memory than one file may cost. Export it again or leave it out.",
     "DECODE_CRASHED": "Reading ended its worker process. Copy or export the file again.",
