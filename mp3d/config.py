@@ -100,6 +100,10 @@ class DetectionHead(Config):
     """Square root of the anchor area, one tuple for each of the five levels P2..P6."""
     anchor_ratios: tuple[PositiveFloat, ...] = (0.5, 1.0, 2.0)
     """Height over width."""
+    anchors: Literal["given", "fit"] = "given"
+    """given: the sizes and ratios that stand here; fit: as many, fitted to the boxes of the training split before the
+    run starts, which then holds the fitted ones as given.
+    """
     rpn_positive_iou: Fraction = 0.7
     rpn_negative_iou: Fraction = 0.3
     rpn_samples: PositiveInt = 256
@@ -275,7 +279,9 @@ class SweepConfig(Config):
     lr: tuple[PositiveFloat, PositiveFloat] = (1e-3, 1e-1)
     """Bounds of the learning rate, drawn evenly on a log scale."""
     anchor_ratios: tuple[tuple[PositiveFloat, ...], ...] = ((0.5, 1.0, 2.0), (0.7, 1.0, 1.4), (1.0,))
-    """Sets of ratios to choose from."""
+    """Sets of ratios to choose from; a fit starts from them."""
+    anchors: tuple[Literal["given", "fit"], ...] = ("given", "fit")
+    """Whether sizes and ratios are taken as they are, or fitted to the training boxes."""
     frozen_stages: tuple[Annotated[int, Field(ge=-1, le=4)], ...] = (-1, 0, 1)
     grace_epochs: PositiveInt = 1
     """Epochs that every trial may run before it can be stopped."""

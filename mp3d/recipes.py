@@ -29,6 +29,7 @@ SMALL_HEAD = DetectionHead(
     # several sizes on the finest level: lesions of a small picture measure a few of its cells
     anchor_sizes_px=((6, 9, 13), (16, 20, 24), (32, 36, 40), (48, 56, 64), (80, 96, 112)),
     anchor_ratios=(1.0,),
+    anchors="fit",
     rpn_positive_iou=0.6,
     rpn_samples=64,
     rpn_pre_nms=(400, 200),
@@ -171,11 +172,18 @@ def deeplesion_mp3d63_paper() -> TrainConfig:
 
 
 def deeplesion_mp3d63() -> TrainConfig:
-    """MP3D-63 on DeepLesion with group norm per slice.
+    """MP3D-63 on DeepLesion with group norm per slice and fitted anchors, two sizes a level.
 
     python jobs/finetune.py deeplesion_mp3d63 --shards /data/deeplesion --init-from /runs/vdt_imagenet_mp3d63
     """
-    return deeplesion_mp3d63_paper().override({"name": "deeplesion_mp3d63", "model.norm": "slice_gn"})
+    return deeplesion_mp3d63_paper().override(
+        {
+            "name": "deeplesion_mp3d63",
+            "model.norm": "slice_gn",
+            "model.head.anchors": "fit",
+            "model.head.anchor_sizes_px": HALF_OCTAVE_SIZES_PX,
+        }
+    )
 
 
 def deeplesion_mp3d18ba() -> TrainConfig:
