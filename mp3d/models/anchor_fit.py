@@ -9,6 +9,7 @@ centred one is free to put the sizes of most lesions on levels that are too coar
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from statistics import NormalDist
 
 import numpy as np
 from jaxtyping import Float, Shaped
@@ -20,7 +21,7 @@ STRIDES = (4, 8, 16, 32, 64)
 """Pixels between the cells of P2..P6."""
 NUM_PLACES = 32
 """Positions of a box against the grid over which the placed overlap is taken."""
-MAX_FITTED_BOXES = 1000
+MAX_FITTED_BOXES = 500
 """Boxes that take part in a fit; of more, those evenly spread over the areas."""
 STEPS = (0.2, 0.1, 0.05, 0.02, 0.01)
 """Changes that are tried, as shares of a size or ratio; the next one when none helps."""
@@ -28,9 +29,11 @@ NUM_SIZES_TRIED = 16
 """Over the range of the boxes, for each size, before it is changed in steps."""
 MIN_GAIN = 3e-4
 """In mean overlap; sizes that few boxes ask for stay where they were given, and with them the rare boxes' anchors."""
-
-_PLASTIC = (0.7548776662466927, 0.5698402909980532)
-"""Steps of the R2 sequence (Roberts 2018), which covers the square evenly for any number of points."""
+_EVENLY = (0.8566748838545029, 0.733891856627126, 0.6287067210378087, 0.5385972572236101)
+"""Steps of the R4 sequence (Roberts 2018): any number of its points cover the cube of four dimensions evenly."""
+_POINTS = np.arange(1, NUM_PLACES + 1)[:, None] * np.array(_EVENLY) % 1
+PLACES = _POINTS[:, :2] * STRIDES[-1]
+"""x and y, in pixels from a cell of the coarsest level, of the box centres over which the placed overlap is taken."""
 
 
 @dataclass(frozen=True)
@@ -84,19 +87,20 @@ def coverage(iou: Float[np.ndarray, "..."]) -> Coverage:
 
 def centred_iou(widths_heights: Shaped[np.ndarray, "b 2"], anchors: AnchorSet) -> Float[np.ndarray, "b"]:
     """Overlap of each box with the best anchor of the same centre."""
-    nowhere = np.zeros((1, 2))
+    boxes, nowhere = np.asarray(widths_heights, float)[:, None], np.zeros((1, 2))
     sizes = sorted({size for level in anchors.sizes_px for size in level})
-    ious = [_iou(widths_heights, size, np.asarray(anchors.ratios), nowhere) for size in sizes]
+    ious = [_iou(boxes, size, np.asarray(anchors.ratios), nowhere) for size in sizes]
     return np.max(ious, axis=0)[:, 0]
 
 
 def placed_iou(widths_heights: Shaped[np.ndarray, "b 2"], anchors: AnchorSet) -> Float[np.ndarray, "b p"]:
     """Overlap of each box, at each of :data:`NUM_PLACES` positions against the grid, with the best anchor there is."""
-    best = np.zeros((len(widths_heights), NUM_PLACES))
+    boxes = np.asarray(widths_heights, float)[:, None]
+    best = np.zeros((len(boxes), NUM_PLACES))
     for sizes, stride in zip(anchors.sizes_px, anchors.strides, strict=True):
         offsets = _offsets(stride)
         for size in sizes:
-            np.maximum(best, _iou(widths_heights, size, np.asarray(anchors.ratios), offsets), out=best)
+            np.maximum(best, _iou(boxes, size, np.asarray(anchors.ratios), offsets), out=best)
     return best
 
 
@@ -104,7 +108,8 @@ def fit_anchors(widths_heights: Shaped[np.ndarray, "b 2"], start: AnchorSet) -> 
     """As many sizes and ratios as ``start`` has, moved to where the mean placed overlap is highest.
 
     One size or ratio at a time is changed as long as that helps: first each size to anywhere in the range of the boxes,
-    then all in ever smaller steps. The same boxes and the same start give the same anchors.
+    then all in ever smaller steps. The same boxes and the same start give the same anchors. Few boxes, and boxes of few
+    patients, may say little about others: judge the fitted anchors on boxes that had no part in the fit.
 
     Args:
         widths_heights: of the boxes, in pixels of the picture that the network reads.
@@ -114,7 +119,7 @@ def fit_anchors(widths_heights: Shaped[np.ndarray, "b 2"], start: AnchorSet) -> 
     """
     if len(widths_heights) == 0 or not (widths_heights > 0).all():
         raise ValueError(f"{len(widths_heights)} boxes; there must be one, and all must have an extent")
-    boxes = evenly_spread(widths_heights, MAX_FITTED_BOXES)
+    boxes = _varied(evenly_spread(widths_heights, MAX_FITTED_BOXES), len(widths_heights))
     offsets = [_offsets(stride) for stride, sizes in zip(start.strides, start.sizes_px, strict=True) for _ in sizes]
     sizes, ratios = np.concatenate(start.sizes_px).astype(float), np.array(start.ratios, float)
 
@@ -123,7 +128,7 @@ def fit_anchors(widths_heights: Shaped[np.ndarray, "b 2"], start: AnchorSet) -> 
 
     per_size = overlaps(ratios)
     score = per_size.max(axis=0).mean()
-    roots = np.sqrt(boxes.prod(axis=1))
+    roots = np.sqrt(boxes.prod(axis=-1))
     anywhere = np.geomspace(roots.min(), roots.max(), NUM_SIZES_TRIED)
     searches = [(anywhere, STEPS[0])] + [(None, step) for step in STEPS]
     for search, step in searches:
@@ -162,30 +167,43 @@ def evenly_spread(widths_heights: Shaped[np.ndarray, "b 2"], at_most: int) -> Fl
     return np.stack([width, height], axis=1)[order[chosen]]
 
 
+def _varied(widths_heights: Float[np.ndarray, "b 2"], num_boxes: int) -> Float[np.ndarray, "b p 2"]:
+    """For each place a little larger or smaller boxes, the more so the fewer there are: a few sizes are not learned by
+    heart.
+
+    The logarithms are spread by a normal kernel of Scott's width.
+    """
+    logarithms = np.log(widths_heights)
+    width = logarithms.std(axis=0) * num_boxes ** (-1 / 6)
+    normal = np.array([[NormalDist().inv_cdf(rank) for rank in point] for point in _POINTS[:, 2:].tolist()])
+    return np.exp(logarithms[:, None] + normal * width)
+
+
 def _around(value: float, step: float) -> tuple[float, float]:
     return value * (1 + step), value / (1 + step)
 
 
 def _offsets(stride: int) -> Float[np.ndarray, "p 2"]:
     """Distances, in x and y, of box centres from the nearest cell; the same places for every level."""
-    places = np.arange(1, NUM_PLACES + 1)[:, None] * np.array(_PLASTIC) % 1 * STRIDES[-1]
-    return np.abs(places - np.round(places / stride) * stride)
+    return np.abs(PLACES - np.round(PLACES / stride) * stride)
 
 
 def _iou(
-    widths_heights: Shaped[np.ndarray, "b 2"],
+    boxes: Float[np.ndarray, "b #p 2"],
     size: float,
     ratios: Float[np.ndarray, "r"],
-    offsets: Float[np.ndarray, "p 2"],
+    offsets: Float[np.ndarray, "#p 2"],
 ) -> Float[np.ndarray, "b p"]:
-    """Overlap of boxes with anchors of one size whose centres are so far off, the best over the ratios."""
-    best = np.zeros((len(widths_heights), len(offsets)))
+    """Overlap of boxes, given by width and height, with anchors of one size whose centres are so far off: the best
+    over the ratios.
+    """
+    best = np.zeros((len(boxes), max(boxes.shape[1], len(offsets))))
     for ratio in ratios:
         intersection = np.ones_like(best)
         for axis, extent in enumerate((size / np.sqrt(ratio), size * np.sqrt(ratio))):
-            given = np.asarray(widths_heights[:, axis, None], float)
+            given = boxes[..., axis]
             overlap = np.minimum(np.minimum(given, extent), (given + extent) / 2 - offsets[:, axis])
             intersection *= np.maximum(overlap, 0)
-        union = np.prod(widths_heights, axis=1, dtype=float)[:, None] + size * size - intersection
+        union = boxes.prod(axis=-1) + size * size - intersection
         np.maximum(best, intersection / union, out=best)
     return best
