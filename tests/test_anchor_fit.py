@@ -113,10 +113,12 @@ def test_a_fit_finds_sizes_and_ratios_far_from_where_it_starts():
 
 
 def test_a_fit_does_not_put_small_sizes_on_coarse_levels():
-    """Boxes of one size: whatever a level's stride, the centred overlap is best with all anchors there."""
+    """The centred overlap would be best with all sizes about that of the boxes, whatever the stride."""
     fitted = fit_anchors(lognormal_boxes(300, size=20, spread=0.15), MP3D)
-    assert fitted.sizes_px[0] == (pytest.approx(20, rel=0.15),)
-    assert fitted.sizes_px[3:] == ((128.0,), (256.0,)), "no box asks for them: they stay"
+    sizes = [level[0] for level in fitted.sizes_px]
+    assert sizes[0] == pytest.approx(20, rel=0.15)
+    assert all(size >= 2 * stride for size, stride in zip(sizes, STRIDES, strict=True))
+    assert all(1.2 < larger / smaller < 4 for smaller, larger in zip(sizes, sizes[1:], strict=False))
 
 
 def test_a_fit_needs_boxes():
@@ -182,8 +184,8 @@ class TestDeepLesion:
         assert (len(train), len(val)) == (936, 4889)
         fitted = fit_anchors(train, HALF_OCTAVE)
         centred, placed = coverage(centred_iou(val, fitted)), coverage(placed_iou(val, fitted))
-        assert (centred.mean_iou, centred.at_50, centred.at_70) == pytest.approx((0.828, 0.997, 0.956), abs=0.005)
-        assert (placed.mean_iou, placed.at_50, placed.at_70) == pytest.approx((0.772, 0.997, 0.894), abs=0.005)
+        assert (centred.mean_iou, centred.at_50, centred.at_70) == pytest.approx((0.822, 0.997, 0.954), abs=0.002)
+        assert (placed.mean_iou, placed.at_50, placed.at_70) == pytest.approx((0.770, 0.997, 0.891), abs=0.002)
         best = max(coverage(placed_iou(val, anchors)).mean_iou for anchors in PUBLISHED.values())
         assert placed.mean_iou > best + 0.015
 

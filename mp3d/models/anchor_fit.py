@@ -9,7 +9,6 @@ centred one is free to put the sizes of most lesions on levels that are too coar
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from statistics import NormalDist
 
 import numpy as np
 from jaxtyping import Float, Shaped
@@ -21,19 +20,20 @@ STRIDES = (4, 8, 16, 32, 64)
 """Pixels between the cells of P2..P6."""
 NUM_PLACES = 32
 """Positions of a box against the grid over which the placed overlap is taken."""
-MAX_FITTED_BOXES = 500
+MAX_FITTED_BOXES = 1000
 """Boxes that take part in a fit; of more, those evenly spread over the areas."""
 STEPS = (0.2, 0.1, 0.05, 0.02, 0.01)
 """Changes that are tried, as shares of a size or ratio; the next one when none helps."""
-NUM_SIZES_TRIED = 16
-"""Over the range of the boxes, for each size, before it is changed in steps."""
+SHIFTS = tuple(2 ** (eighth / 8) for eighth in range(-24, 25))
+"""Factors on all sizes together that are tried first."""
+FARTHEST = 2**0.5
+"""How far a size then moves, as a factor: so the sizes still cover the range that they covered, for other boxes."""
 MIN_GAIN = 3e-4
-"""In mean overlap; sizes that few boxes ask for stay where they were given, and with them the rare boxes' anchors."""
-_EVENLY = (0.8566748838545029, 0.733891856627126, 0.6287067210378087, 0.5385972572236101)
-"""Steps of the R4 sequence (Roberts 2018): any number of its points cover the cube of four dimensions evenly."""
-_POINTS = np.arange(1, NUM_PLACES + 1)[:, None] * np.array(_EVENLY) % 1
-PLACES = _POINTS[:, :2] * STRIDES[-1]
-"""x and y, in pixels from a cell of the coarsest level, of the box centres over which the placed overlap is taken."""
+"""In mean overlap, for a change to be made."""
+PLACES = np.arange(1, NUM_PLACES + 1)[:, None] * np.array([0.7548776662466927, 0.5698402909980532]) % 1 * STRIDES[-1]
+"""x and y, in pixels from a cell of the coarsest level, of the box centres over which the placed overlap is taken: the
+R2 sequence (Roberts 2018), any number of whose points cover the square evenly.
+"""
 
 
 @dataclass(frozen=True)
@@ -107,9 +107,9 @@ def placed_iou(widths_heights: Shaped[np.ndarray, "b 2"], anchors: AnchorSet) ->
 def fit_anchors(widths_heights: Shaped[np.ndarray, "b 2"], start: AnchorSet) -> AnchorSet:
     """As many sizes and ratios as ``start`` has, moved to where the mean placed overlap is highest.
 
-    One size or ratio at a time is changed as long as that helps: first each size to anywhere in the range of the boxes,
-    then all in ever smaller steps. The same boxes and the same start give the same anchors. Few boxes, and boxes of few
-    patients, may say little about others: judge the fitted anchors on boxes that had no part in the fit.
+    First all sizes are shifted by one factor; then one size or ratio at a time is changed as long as that helps, in
+    ever smaller steps. The same boxes and the same start give the same anchors. Few boxes, and boxes of few patients,
+    say little about others: judge the fitted anchors on boxes that had no part in the fit.
 
     Args:
         widths_heights: of the boxes, in pixels of the picture that the network reads.
@@ -119,25 +119,24 @@ def fit_anchors(widths_heights: Shaped[np.ndarray, "b 2"], start: AnchorSet) -> 
     """
     if len(widths_heights) == 0 or not (widths_heights > 0).all():
         raise ValueError(f"{len(widths_heights)} boxes; there must be one, and all must have an extent")
-    boxes = _varied(evenly_spread(widths_heights, MAX_FITTED_BOXES), len(widths_heights))
+    boxes = evenly_spread(widths_heights, MAX_FITTED_BOXES)[:, None]
     offsets = [_offsets(stride) for stride, sizes in zip(start.strides, start.sizes_px, strict=True) for _ in sizes]
     sizes, ratios = np.concatenate(start.sizes_px).astype(float), np.array(start.ratios, float)
 
-    def overlaps(ratios: np.ndarray) -> np.ndarray:
+    def overlaps(sizes: np.ndarray, ratios: np.ndarray) -> np.ndarray:
         return np.stack([_iou(boxes, size, ratios, at) for size, at in zip(sizes, offsets, strict=True)])
 
-    per_size = overlaps(ratios)
+    sizes = max((sizes * shift for shift in SHIFTS), key=lambda shifted: overlaps(shifted, ratios).max(axis=0).mean())
+    least, greatest = sizes / FARTHEST, sizes * FARTHEST
+    per_size = overlaps(sizes, ratios)
     score = per_size.max(axis=0).mean()
-    roots = np.sqrt(boxes.prod(axis=-1))
-    anywhere = np.geomspace(roots.min(), roots.max(), NUM_SIZES_TRIED)
-    searches = [(anywhere, STEPS[0])] + [(None, step) for step in STEPS]
-    for search, step in searches:
+    for step in STEPS:
         moved = True
         while moved:
             moved = False
             for index in range(len(sizes)):
                 others = np.delete(per_size, index, axis=0).max(axis=0, initial=0)
-                for size in _around(sizes[index], step) if search is None else search:
+                for size in np.clip(_around(sizes[index], step), least[index], greatest[index]):
                     changed = _iou(boxes, size, ratios, offsets[index])
                     gained = np.maximum(others, changed).mean()
                     if gained > score + MIN_GAIN:
@@ -146,7 +145,7 @@ def fit_anchors(widths_heights: Shaped[np.ndarray, "b 2"], start: AnchorSet) -> 
             for index in range(len(ratios)):
                 for ratio in _around(ratios[index], step):
                     changed_ratios = np.where(np.arange(len(ratios)) == index, ratio, ratios)
-                    changed = overlaps(changed_ratios)
+                    changed = overlaps(sizes, changed_ratios)
                     gained = changed.max(axis=0).mean()
                     if gained > score + MIN_GAIN:
                         ratios, per_size = changed_ratios, changed
@@ -165,18 +164,6 @@ def evenly_spread(widths_heights: Shaped[np.ndarray, "b 2"], at_most: int) -> Fl
     order = np.lexsort((width, width * height))
     chosen = np.unique(np.linspace(0, len(order) - 1, min(at_most, len(order))).round().astype(int))
     return np.stack([width, height], axis=1)[order[chosen]]
-
-
-def _varied(widths_heights: Float[np.ndarray, "b 2"], num_boxes: int) -> Float[np.ndarray, "b p 2"]:
-    """For each place a little larger or smaller boxes, the more so the fewer there are: a few sizes are not learned by
-    heart.
-
-    The logarithms are spread by a normal kernel of Scott's width.
-    """
-    logarithms = np.log(widths_heights)
-    width = logarithms.std(axis=0) * num_boxes ** (-1 / 6)
-    normal = np.array([[NormalDist().inv_cdf(rank) for rank in point] for point in _POINTS[:, 2:].tolist()])
-    return np.exp(logarithms[:, None] + normal * width)
 
 
 def _around(value: float, step: float) -> tuple[float, float]:

@@ -36,6 +36,7 @@ SAMPLED_ROWS = 200
 ANCHOR_IMAGE_SIZE = ClipConfig().image_size
 """Pixels of the longer side at which anchors meet the boxes."""
 FITTED = "fitted to train"
+FITTED_FROM = "two sizes an octave"
 PRIVATE = 0o600
 """Permissions of the files: for the owner."""
 
@@ -190,11 +191,17 @@ def _anchors(surveys: Mapping[str, SplitSurvey]) -> tuple[dict[str, Any] | None,
     widths_heights = {split: of.boxes.widths_heights_at(ANCHOR_IMAGE_SIZE) for split, of in surveys.items()}
     sets = dict(PUBLISHED)
     if "train" in widths_heights:
-        sets[FITTED] = fit_anchors(widths_heights["train"], PUBLISHED["two sizes an octave"])
+        sets[FITTED] = fit_anchors(widths_heights["train"], PUBLISHED[FITTED_FROM])
     rows, centred, placed = numbers.anchor_table(sets, widths_heights)
     shown = "val" if "val" in widths_heights else next(iter(widths_heights))
-    table = {"image_size_px": ANCHOR_IMAGE_SIZE, "shown_split": shown, "sets": rows}
-    return table, draw_anchors(centred[shown], placed[shown])
+    means = {split: {name: iou.mean() for name, iou in of.items()} for split, of in placed.items()}
+    table = {
+        "image_size_px": ANCHOR_IMAGE_SIZE,
+        "shown_split": shown,
+        "fitted_is_worse_on": [split for split, of in means.items() if FITTED in of and of[FITTED] < of[FITTED_FROM]],
+        "sets": rows,
+    }
+    return table, draw_anchors(centred[shown], placed[shown], emphasised=FITTED)
 
 
 def _draw_boxes(surveys: Mapping[str, SplitSurvey], *, in_mm: bool) -> bytes:

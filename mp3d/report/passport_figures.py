@@ -59,8 +59,12 @@ def draw_boxes(sizes: Mapping[str, np.ndarray], ratios: Mapping[str, np.ndarray]
     return png_bytes(figure)
 
 
-def draw_anchors(centred: Mapping[str, np.ndarray], placed: Mapping[str, np.ndarray]) -> bytes:
-    """Which share of the boxes reaches an overlap with its best anchor, for each set of anchors."""
+def draw_anchors(centred: Mapping[str, np.ndarray], placed: Mapping[str, np.ndarray], emphasised: str) -> bytes:
+    """Which share of the boxes reaches an overlap with its best anchor, for each set of anchors.
+
+    Args:
+        emphasised: name of the set whose curve stands out.
+    """
     figure, panels = _panels(2, height=4.2)
     thresholds = np.linspace(IOU_FROM, 1, 141)
     titles = ("Anchor centred on the box", "Anchor on the grid")
@@ -68,8 +72,10 @@ def draw_anchors(centred: Mapping[str, np.ndarray], placed: Mapping[str, np.ndar
         for index, (name, iou) in enumerate(overlaps.items()):
             shares = [(iou >= threshold).mean() for threshold in thresholds]
             line, _ = CURVE_STYLES[index % len(CURVE_STYLES)]
-            colour = CURVE_COLOURS[index % len(CURVE_COLOURS)]
-            axes.plot(thresholds, shares, line, color=colour, linewidth=1.8, label=name)
+            look = {"color": CURVE_COLOURS[index % len(CURVE_COLOURS)], "linestyle": line, "linewidth": 1.6}
+            if name == emphasised:
+                look = {"color": INK, "linestyle": "-", "linewidth": 2.6}
+            axes.plot(thresholds, shares, label=name, **look)
         for threshold in (0.5, 0.7):
             axes.axvline(threshold, color="#9aa5b1", linewidth=0.8)
         axes.set(xlim=(IOU_FROM, 1), ylim=(0, 1.02))
