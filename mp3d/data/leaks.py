@@ -55,10 +55,12 @@ def traces(shards: ShardSet, surveys: Mapping[str, SplitSurvey]) -> Traces:
     Raises:
         DataError: a file is not there, or not as it was written.
     """
-    found: Traces = {"images": {split: dict(_images(shards, split)) for split in surveys}}
-    if any(entry.spacing_mm is not None for entry in shards.entries):
-        for kind in ("patients", "studies", "series"):
-            found[kind] = {split: {name: name for name in getattr(of, kind)} for split, of in surveys.items()}
+    is_ct = any(entry.spacing_mm is not None for entry in shards.entries)
+    found: Traces = {
+        kind: {split: {name: name for name in getattr(of, kind)} for split, of in surveys.items()}
+        for kind in (("patients", "studies", "series") if is_ct else ())
+    }
+    found["images"] = {split: dict(_images(shards, split)) for split in surveys}
     return found
 
 

@@ -127,7 +127,9 @@ def write_passport(folder: Path, compare: Sequence[Path] = ()) -> Passport:
         *written,
         leaks=tuple(_leak_lines(content["leaks"])),
         not_compared=tuple(
-            f"{other['data_set']}: {other['reason']}" for other in content["leaks"]["between"] if not other["same_key"]
+            f"{other['data_set']}: {other['ids_not_compared']}"
+            for other in content["leaks"]["between"]
+            if other["ids_not_compared"]
         ),
     )
 
@@ -149,19 +151,18 @@ def _leaks(shards: ShardSet, surveys: Mapping[str, SplitSurvey], others: Sequenc
     mine, key = traces(shards, surveys), id_key_fingerprint(shards)
     between = []
     for other in others:
-        other_key = id_key_fingerprint(other)
-        same_key = key is not None and key == other_key
-        found = shared_between(mine, traces(other, survey(other)), same_key=same_key)
+        theirs, their_key = traces(other, survey(other)), id_key_fingerprint(other)
+        same_key = key is not None and key == their_key
         reason = None
-        if not same_key:
-            reason = "prepared with another id key" if key and other_key else "a manifest without the id key's print"
+        if "patients" in mine and "patients" in theirs and not same_key:
+            reason = "prepared with another id key" if key and their_key else "a manifest without the id key's print"
         between.append(
             {
                 "data_set": other.dataset,
                 "manifest": other.digest,
                 "same_key": same_key,
-                "reason": reason,
-                "shared": numbers.shared(found),
+                "ids_not_compared": reason,
+                "shared": numbers.shared(shared_between(mine, theirs, same_key=same_key)),
             }
         )
     within = numbers.shared(shared_within(mine))
@@ -171,9 +172,9 @@ def _leaks(shards: ShardSet, surveys: Mapping[str, SplitSurvey], others: Sequenc
 
 def _leak_lines(leaks: Mapping[str, Any]) -> list[str]:
     return [
-        f"{each['count']} {each['kind']} of {each['split']} are also in {each['other_split']}{where}"
+        f"{each['kind']} of {each['split']} that are also in {each['other_split']}{where}: {each['count']}"
         for where, found in [("", leaks["within"])]
-        + [(f" of {other['data_set']}", other["shared"]) for other in leaks["between"]]
+        + [(f" of {other['data_set']} {other['manifest'][:8]}", other["shared"]) for other in leaks["between"]]
         for each in found
         if each["is_leak"]
     ]

@@ -33,7 +33,7 @@ def draw_geometry(surveys: Mapping[str, SplitSurvey]) -> bytes:
 
 
 def draw_intensities(intensities: Mapping[str, Intensities]) -> bytes:
-    """Shares of the pixels, on a logarithmic axis."""
+    """Shares of the pixels; of Hounsfield units on a logarithmic axis, for most are air."""
     figure, (axes,) = _panels(1)
     for split, of in intensities.items():
         colour, line = SPLIT_LOOKS[split]
@@ -44,7 +44,8 @@ def draw_intensities(intensities: Mapping[str, Intensities]) -> bytes:
         shares = counts / of.counts.sum()
         axes.plot((edges[:-1] + edges[1:]) / 2, np.where(shares > 0, shares, np.nan), line, color=colour, label=split)
         axes.set_xlabel("HU" if of.unit == "HU" else "Grey value of a plane", color=INK)
-    axes.set_yscale("log")
+        axes.set_yscale("log" if of.unit == "HU" else "linear")
+    axes.minorticks_off()
     axes.set_ylabel("Share of the pixels", color=INK)
     axes.legend(frameon=False, labelcolor=INK)
     return png_bytes(figure)
