@@ -7,6 +7,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 from mp3d.data.intensity import Intensities, sample_intensities
@@ -23,7 +24,7 @@ from mp3d.data.shard import (
     series_rows,
     write_manifest,
 )
-from mp3d.data.survey import survey
+from mp3d.data.survey import read_boxes, survey
 from mp3d.errors import DataError
 from mp3d.models.anchor_fit import PUBLISHED, centred_iou, coverage
 from mp3d.report import Passport, write_passport
@@ -340,6 +341,20 @@ def test_one_flipped_bit_is_found_and_no_passport_written(tmp_path: Path, place:
     with pytest.raises(DataError, match=r"part-00000\.parquet is not what was written"):
         write_passport(tmp_path / "s")
     assert not list((tmp_path / "s").glob("passport.*"))
+
+
+def test_a_damaged_page_of_boxes_is_found_by_who_reads_nothing_else(tmp_path: Path):
+    shards = open_shards(three_patients(tmp_path / "s"))
+    part = shards.folder / "part-00000.parquet"
+    group = pq.read_metadata(part).row_group(0)
+    columns = {group.column(number).path_in_schema: group.column(number) for number in range(group.num_columns)}
+    content = bytearray(part.read_bytes())
+    last = columns["boxes.list.element"]
+    content[last.data_page_offset + last.total_compressed_size - 1] ^= 1
+    part.write_bytes(content)
+    with pytest.raises(DataError, match=r"part-00000\.parquet: .*run jobs/prepare\.py again"):
+        read_boxes(shards, "train")
+    assert len(read_boxes(shards, "val")) == 1
 
 
 def test_a_missing_file_and_a_folder_without_shards(tmp_path: Path):

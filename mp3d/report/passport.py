@@ -199,6 +199,7 @@ def _anchors(surveys: Mapping[str, SplitSurvey]) -> tuple[dict[str, Any] | None,
     table = {
         "image_size_px": ANCHOR_IMAGE_SIZE,
         "shown_split": shown,
+        "fitted": FITTED if FITTED in sets else None,
         "fitted_is_worse_on": [split for split, of in means.items() if FITTED in of and of[FITTED] < of[FITTED_FROM]],
         "sets": rows,
     }

@@ -113,10 +113,11 @@ def _histograms(axes: Axes, values: Mapping[str, np.ndarray], title: str, *, log
 
 
 def _edges(values: Iterable[np.ndarray], logarithmic: bool) -> np.ndarray:
-    """Bins over all values, with some room where all are equal."""
+    """Bins over all values, with some room around them; on a logarithmic axis enough for two marks."""
     together = np.concatenate([np.asarray(each, float) for each in values])
     low, high = together.min(), together.max()
     if logarithmic:
-        return np.geomspace(low / 1.05, high * 1.05, NUM_BINS + 1)
+        middle = np.sqrt(low * high)
+        return np.geomspace(min(low / 1.05, middle / 2), max(high * 1.05, middle * 2), NUM_BINS + 1)
     margin = max(high - low, abs(high), 1e-6) * 0.05
     return np.linspace(low - margin, high + margin, NUM_BINS + 1)
