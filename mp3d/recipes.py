@@ -165,6 +165,7 @@ def deeplesion_mp3d63_paper() -> TrainConfig:
     return TrainConfig(
         name="deeplesion_mp3d63_paper",
         shards="data/deeplesion",
+        clip=ClipConfig(interpolation="authors"),
         model=ModelConfig(norm="gn3d"),
         loop=LoopConfig(epochs=24, batch_size=2, num_workers=8),
         launch=LaunchConfig(accelerator="gpu", loader_workers=4, cpus_per_worker=4),
@@ -172,7 +173,7 @@ def deeplesion_mp3d63_paper() -> TrainConfig:
 
 
 def deeplesion_mp3d63() -> TrainConfig:
-    """MP3D-63 on DeepLesion with group norm per slice and fitted anchors, two sizes a level.
+    """MP3D-63 on DeepLesion with group norm per slice, fitted anchors, two sizes a level, and exact z interpolation.
 
     python jobs/finetune.py deeplesion_mp3d63 --shards /data/deeplesion --init-from /runs/vdt_imagenet_mp3d63
     """
@@ -182,6 +183,7 @@ def deeplesion_mp3d63() -> TrainConfig:
             "model.norm": "slice_gn",
             "model.head.anchors": "fit",
             "model.head.anchor_sizes_px": HALF_OCTAVE_SIZES_PX,
+            "clip.interpolation": "exact",
         }
     )
 

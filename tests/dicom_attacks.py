@@ -222,6 +222,19 @@ def _resized(change: Callable[[bytes], bytes]) -> Attack:
     return lambda ds: to_bytes(_set(ds, PixelData=change(ds.PixelData)))
 
 
+def rewritten_long(keyword: str, vr: bytes, length: int) -> Attack:
+    """A value that claims to be longer than any file."""
+
+    def attack(ds: Dataset) -> bytes:
+        file = to_bytes(ds)
+        tag = tag_bytes(tag_for_keyword(keyword) or 0)
+        at = file.index(tag, body_offset(file))
+        return file[:at] + tag + vr + bytes(2) + length.to_bytes(4, "little") + file[at + 8 :]
+
+    return attack
+
+
+SYNTAX = "UNSUPPORTED_TRANSFER_SYNTAX"
 ATTACKS: dict[str, tuple[Attack, str]] = {
     # larger than they look
     "deflate bomb": (deflate_bomb, "TOO_LARGE"),
@@ -235,7 +248,11 @@ ATTACKS: dict[str, tuple[Attack, str]] = {
     "65535 x 65535": (changed(Rows=65535, Columns=65535), "TOO_LARGE"),
     "2147483647 frames": (changed(NumberOfFrames=2**31 - 1), "MULTIFRAME_UNSUPPORTED"),
     "2147483647 frames, enhanced": (lambda ds: to_bytes(_set(enhanced([ds]), NumberOfFrames=2**31 - 1)), "TOO_LARGE"),
-    "a million tiny elements": (tiny_elements, "hu"),
+    "a million tiny elements": (tiny_elements, "TOO_LARGE"),
+    "a million empty items": (
+        inserted(element(PRIVATE, b"SQ", ITEM * 10**6 + SEQUENCE_END, UNDEFINED)),
+        "TOO_LARGE",
+    ),
     "a million fragments": (
         with_pixels(element(PIXEL_DATA, b"OB", ITEM * 10**6 + SEQUENCE_END, UNDEFINED), uid.RLELossless),
         "TRUNCATED",
@@ -304,8 +321,10 @@ ATTACKS: dict[str, tuple[Attack, str]] = {
         "BAD_HEADER",
     ),
     "deflated and cut": (lambda ds: to_bytes(ds, uid.DeflatedExplicitVRLittleEndian)[:-300], "TRUNCATED"),
-    "a private transfer syntax": (private_syntax, "UNSUPPORTED_TRANSFER_SYNTAX"),
-    "a film": (compressed(uid.MPEG2MPML, bytes(64)), "UNSUPPORTED_TRANSFER_SYNTAX"),
+    "a private transfer syntax": (private_syntax, SYNTAX),
+    "a film": (compressed(uid.MPEG2MPML, bytes(64)), SYNTAX),
+    "a syntax of deflated frames": (lambda ds: with_meta(body_of(ds), "1.2.840.10008.1.2.8.1"), SYNTAX),
+    "a syntax of a deflated JSON": (lambda ds: with_meta(body_of(ds), "1.2.840.10008.1.2.4.205"), SYNTAX),
     "an odd length": (inserted(element(PRIVATE, b"LO", b"odd")), "hu"),
     "a length beyond the file": (inserted(element(PRIVATE, b"OB", b"", 2**32 - 2)), "TRUNCATED"),
     "an unknown VR": (rewritten("InstanceNumber", b"3 ", b"ZZ"), "hu"),
@@ -314,7 +333,9 @@ ATTACKS: dict[str, tuple[Attack, str]] = {
     "spacing in bits": (rewritten("PixelSpacing", b"\x01\x00\x01\x00", b"US"), "BAD_HEADER"),
     "a charset that is none": (inserted(element(0x00080005, b"CS", b"ISO_IR 9999\\\xff\xfe")), "hu"),
     "a charset of bits": (inserted(element(0x00080005, b"US", b"\xff\xfe\x00")), "hu"),
-    "rows twice": (inserted(element(0x00280010, b"US", b"\x2c\x00")), "PIXEL_LENGTH"),
+    "spacing of 4 GiB": (rewritten_long("PixelSpacing", b"UT", 2**32 - 2), "BAD_HEADER"),
+    "slope twice": (inserted(element(0x00281053, b"DS", b"2 ")), "BAD_HEADER"),
+    "rows twice": (inserted(element(0x00280010, b"US", b"\x2c\x00")), "BAD_HEADER"),
     "everything empty": (all_empty, "BAD_PIXEL_FORMAT"),
     # pixels that are none of CT
     "12 bits of 16": (stored(12, 0), "hu"),
@@ -350,6 +371,12 @@ def grown(folder: Path) -> None:
     sparse((folder / "4.dcm").read_bytes())(folder)
 
 
+def private_without_end(folder: Path) -> None:
+    """A private value of undefined length, which ends nowhere."""
+    file = (folder / "4.dcm").read_bytes()
+    sparse(file[: body_offset(file)] + element(0x00091010, b"OB", ITEM, UNDEFINED))(folder)
+
+
 def link(target: str, name: str = "link.dcm") -> Trap:
     return lambda folder: (folder / name).symlink_to(target)
 
@@ -367,4 +394,7 @@ TRAPS: dict[str, tuple[Trap, str]] = {
     "a name that is no text": (lambda folder: (folder / "caf\udce9.dcm").touch(), "NOT_DICOM"),
     "3 GiB of nothing": (sparse(b""), "NOT_DICOM"),
     "3 GiB of nothing behind the pixels": (grown, "hu"),
+    "3 GiB of nothing behind the prefix": (sparse(bytes(128) + b"DICM"), "TOO_LARGE"),
+    "3 GiB of nothing, deflated": (sparse(with_meta(b"", uid.DeflatedExplicitVRLittleEndian)), "BAD_HEADER"),
+    "3 GiB without end": (private_without_end, "BAD_HEADER"),
 }
