@@ -16,14 +16,16 @@ from mp3d.models.anchor_fit import anchors_of, coverage, evenly_spread, fit_anch
 
 REPORTED_BOXES = 5000
 """Over which the printed overlaps are told."""
+WORTHWHILE = 0.01
+"""Gain in mean best IoU over the validation boxes, below which given anchors are kept."""
 
 
 def fit_to_data(config: TrainConfig, say: Callable[[str], None] = print) -> TrainConfig:
     """The configuration with its anchors fitted to the boxes of the training split, if it asks for that.
 
     Boxes are scaled as the model's first part scales the clips: to each size that training draws from. Where the fitted
-    anchors meet the boxes of the validation split worse than the given ones, as after a fit to a handful of patients,
-    the given ones are kept.
+    anchors meet the boxes of the validation split hardly better than the given ones, or worse, as after a fit to a
+    handful of patients, the given ones are kept.
 
     Args:
         say: is told how well both meet the boxes of either split.
@@ -47,8 +49,8 @@ def fit_to_data(config: TrainConfig, say: Callable[[str], None] = print) -> Trai
             f"boxes at 0.7 {before.at_70:.1%}, {after.at_70:.1%}; at 0.5 {before.at_50:.1%}, {after.at_50:.1%}"
         )
         gain = after.mean_iou - before.mean_iou
-    if gain < 0:
-        say("  val meets the given anchors better: they are kept; do train and val differ, or is train very small?")
+    if gain < WORTHWHILE:
+        say(f"  the given anchors are kept: on val the fitted ones gain {gain:.3f}, less than {WORTHWHILE}")
         fitted = given
     return config.override(
         {

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from mp3d.data.dicom_folder import read_dicom
-from mp3d.data.nifti import read_nifti
+from mp3d.data.volumes import read_volumes
 from mp3d.data.prepare import prepare
 from mp3d.data.synthetic import write_bad_files
 from mp3d.report import Passport, write_passport
@@ -52,7 +52,7 @@ def leaks_with_nifti(mixed: Path, out: Path, key: bytes) -> tuple[Passport, set[
     out.mkdir()
     for patient in ("STS_019", "STS_025", "STS_042"):
         (out / patient).symlink_to(SHARED / "sts" / "nifti" / patient)
-    prepare(read_nifti(out), out / "shards", id_key=key, runner="local", split_fractions=(1, 0, 0))
+    prepare(read_volumes(out), out / "shards", id_key=key, runner="local", split_fractions=(1, 0, 0))
     passport = write_passport(mixed, [out / "shards"])
     (between,) = json.loads(passport.json.read_text())["leaks"]["between"]
     counts = Counter[str]()
@@ -68,4 +68,4 @@ def test_the_same_patients_in_another_format(mixed: Path, tmp_path: Path):
     assert passport.leaks, "some of them are not in train here"
     passport, found = leaks_with_nifti(mixed, tmp_path / "other", OTHER_KEY)
     assert found == {("images", 3)}
-    assert passport.not_compared == ("nifti: prepared with another id key",)
+    assert passport.not_compared == ("volumes: prepared with another id key",)

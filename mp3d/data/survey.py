@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float, Int
 
-from mp3d.data.shard import Row, SeriesEntry, ShardSet, decode_truth, read_columns
+from mp3d.data.shard import Row, SeriesEntry, ShardSet, read_columns
 from mp3d.data.splits import SPLITS
 
 _OF_BOXES = ("rows", "columns", "boxes", "labels")
@@ -15,7 +15,7 @@ _OF_ROWS = ("patient", "study", "series", "rows", "columns", "boxes", "image_lab
 
 
 @dataclass(frozen=True, eq=False)
-class BoxTable:
+class SplitBoxes:
     """The boxes of a split, one row each.
 
     Attributes:
@@ -74,7 +74,7 @@ class SplitSurvey:
     image_sizes: Counter[tuple[int, int]]
     slices_per_series: Int[np.ndarray, "s"]
     spacing_mm: Float[np.ndarray, "s 3"]
-    boxes: BoxTable
+    boxes: SplitBoxes
 
 
 def survey(shards: ShardSet) -> dict[str, SplitSurvey]:
@@ -87,7 +87,7 @@ def survey(shards: ShardSet) -> dict[str, SplitSurvey]:
     return {split: _survey_split(shards, split) for split in SPLITS if split in present}
 
 
-def read_boxes(shards: ShardSet, split: str) -> BoxTable:
+def read_boxes(shards: ShardSet, split: str) -> SplitBoxes:
     """The boxes of a split; only series that have any are opened.
 
     Raises:
@@ -131,26 +131,25 @@ def _survey_split(shards: ShardSet, split: str) -> SplitSurvey:
     )
 
 
-def _box_table(rows: Iterable[Row], entry: SeriesEntry) -> BoxTable:
+def _box_table(rows: Iterable[Row], entry: SeriesEntry) -> SplitBoxes:
+    """Of rows that have boxes; without labels all are of class 1, as in training."""
     boxes, labels, sizes = [], [], []
     for row in rows:
-        truth = decode_truth(row | {"mask": None})
-        if truth.boxes is None:
-            continue
-        boxes.append(truth.boxes)
-        labels.append(np.ones(len(truth.boxes), np.int64) if truth.labels is None else truth.labels)
-        sizes += [(row["rows"], row["columns"])] * len(truth.boxes)
+        count = len(row["boxes"]) // 4
+        boxes += row["boxes"]
+        labels += row["labels"] or [1] * count
+        sizes += [(row["rows"], row["columns"])] * count
     in_plane = (np.nan, np.nan) if entry.spacing_mm is None else entry.spacing_mm[1:]
-    return BoxTable(
-        boxes=np.concatenate(boxes),
-        labels=np.concatenate(labels),
+    return SplitBoxes(
+        boxes=np.array(boxes, np.float32).reshape(-1, 4),
+        labels=np.array(labels, int),
         image_sizes=np.array(sizes, int),
         spacing_mm=np.tile(np.array(in_plane, float), (len(sizes), 1)),
     )
 
 
-def _stacked(parts: Sequence[BoxTable]) -> BoxTable:
+def _stacked(parts: Sequence[SplitBoxes]) -> SplitBoxes:
     if not parts:
-        return BoxTable(np.zeros((0, 4), np.float32), np.zeros(0, int), np.zeros((0, 2), int), np.zeros((0, 2)))
+        return SplitBoxes(np.zeros((0, 4), np.float32), np.zeros(0, int), np.zeros((0, 2), int), np.zeros((0, 2)))
     columns = ("boxes", "labels", "image_sizes", "spacing_mm")
-    return BoxTable(*(np.concatenate([getattr(part, column) for part in parts]) for column in columns))
+    return SplitBoxes(*(np.concatenate([getattr(part, column) for part in parts]) for column in columns))
