@@ -105,10 +105,25 @@ def test_counts_of_each_split(passport: Passport):
     splits = numbers(passport)["splits"]
     assert splits["train"] == {
         "patients": 1, "studies": 2, "series": 2, "rows": 8, "searched_rows": 4, "key_rows": 1, "boxes": 2,
-        "boxes_per_class": {"nodule": 1, "mass": 1}, "images_per_class": {},
+        "instances": 0, "boxes_per_class": {"nodule": 1, "mass": 1}, "images_per_class": {},
     }  # fmt: skip
     assert (splits["val"]["patients"], splits["val"]["boxes_per_class"]) == (1, {"nodule": 1, "mass": 0})
     assert list(splits) == ["train", "val"]
+
+
+def test_boxes_of_one_object_are_told(tmp_path: Path):
+    series = made_series("a", [(0, 0, 10, 20), (10, 10, 40, 20)])
+    box = np.array([[1, 1, 9, 9]], np.float32)
+    truths = (
+        replace(series.truths[1], instances=np.array([4, 7])),
+        Truth(box, np.ones(1, np.int64), instances=np.array([4])),
+        *series.truths[2:],
+    )
+    shards = made_shards(tmp_path / "s", [(replace(series, truths=truths), "train"), (made_series("b"), "val")])
+    passport = write_passport(shards)
+    counts = numbers(passport)["splits"]
+    assert (counts["train"]["boxes"], counts["train"]["instances"], counts["val"]["instances"]) == (3, 2, 0)
+    assert ["train", "1", "1", "1", "4", "3", "2", "3", "2"] in table_rows(passport.html.read_text())
 
 
 def test_spacing_and_size(passport: Passport):

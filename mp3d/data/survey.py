@@ -11,7 +11,7 @@ from mp3d.data.shard import Row, SeriesEntry, ShardSet, read_columns
 from mp3d.data.splits import SPLITS
 
 _OF_BOXES = ("rows", "columns", "boxes", "labels")
-_OF_ROWS = ("patient", "study", "series", "rows", "columns", "boxes", "image_label")
+_OF_ROWS = ("patient", "study", "series", "rows", "columns", "boxes", "instances", "image_label")
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,6 +58,7 @@ class SplitSurvey:
         num_rows: slices or pictures.
         num_searched: rows of which it is known what they hold, be it nothing.
         num_key_rows: rows with a box.
+        num_instances: objects whose boxes on several slices are known to be of one.
         image_labels: how often each occurs.
         image_sizes: rows and columns of series (or pictures), and how often they occur.
         slices_per_series: of CT series.
@@ -70,6 +71,7 @@ class SplitSurvey:
     num_rows: int
     num_searched: int
     num_key_rows: int
+    num_instances: int
     image_labels: Counter[int]
     image_sizes: Counter[tuple[int, int]]
     slices_per_series: Int[np.ndarray, "s"]
@@ -115,6 +117,7 @@ def _survey_split(shards: ShardSet, split: str) -> SplitSurvey:
         counted["rows"] += len(sizes)
         counted["searched"] += len(sizes) - table["boxes"].null_count
         counted["key"] += len(entry.rows_with_boxes())
+        counted["instances"] += len({each for row in table["instances"].to_pylist() for each in row or ()})
     stacks = [entry for entry in shards.split(split) if entry.spacing_mm is not None]
     return SplitSurvey(
         patients=frozenset(patients),
@@ -123,6 +126,7 @@ def _survey_split(shards: ShardSet, split: str) -> SplitSurvey:
         num_rows=counted["rows"],
         num_searched=counted["searched"],
         num_key_rows=counted["key"],
+        num_instances=counted["instances"],
         image_labels=image_labels,
         image_sizes=image_sizes,
         slices_per_series=np.array([entry.num_rows for entry in stacks], int),

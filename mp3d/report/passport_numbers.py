@@ -34,6 +34,7 @@ def count_split(of: SplitSurvey, class_names: Sequence[str]) -> Numbers:
         "searched_rows": of.num_searched,
         "key_rows": of.num_key_rows,
         "boxes": len(of.boxes),
+        "instances": of.num_instances,
         "boxes_per_class": per_class(Counter(of.boxes.labels.tolist()), 1),
         "images_per_class": per_class(of.image_labels, 0),
     }
