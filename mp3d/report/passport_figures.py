@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
 from mp3d.data.intensity import Intensities
 from mp3d.data.survey import SplitSurvey
@@ -105,6 +106,7 @@ def _histograms(axes: Axes, values: Mapping[str, np.ndarray], title: str, *, log
             axes.stairs(counts / len(of), edges, color=colour, linestyle=line, linewidth=1.6, label=split)
     if logarithmic:
         axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_locator(LogLocator(base=2, numticks=7))
         axes.xaxis.set_major_formatter("{x:g}")
         axes.minorticks_off()
     axes.set_ylim(0)
