@@ -39,4 +39,4 @@ def _score(value: float) -> str:
 def _short(value: float) -> str:
     """Four digits that count, whole numbers as they are."""
     text = f"{value:.0f}" if abs(value) >= 1000 or value == int(value) else f"{value:.4g}"
-    return signed(float(text), ",g").replace(",", " ") if "e" in text else text.replace("-", "−")
+    return text.replace("-", "−")

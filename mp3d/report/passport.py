@@ -7,6 +7,7 @@ series stand there as the keyed hashes of the shards; file names are not known h
 """
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import file_digest
@@ -37,6 +38,10 @@ ANCHOR_IMAGE_SIZE = ClipConfig().image_size
 """Pixels of the longer side at which anchors meet the boxes."""
 FITTED = "fitted to train"
 FITTED_FROM = "two sizes an octave"
+TOLD_OF_MANIFEST = (
+    *("dataset", "reader", "reader_options", "class_names", "format_version", "num_items", "items_per_part"),
+    *("split_fractions", "split_seed", "official_splits", "notes"),
+)
 PRIVATE = 0o600
 """Permissions of the files: for the owner."""
 
@@ -80,21 +85,7 @@ def write_passport(folder: Path, compare: Sequence[Path] = ()) -> Passport:
     anchors, anchors_png = _anchors(with_boxes)
     content = {
         "passport_version": FORMAT_VERSION,
-        "data_set": {
-            name: manifest.get(name)
-            for name in (
-                *(
-                    "dataset",
-                    "reader",
-                    "reader_options",
-                    "class_names",
-                    "num_items",
-                    "items_per_part",
-                    "format_version",
-                ),
-                *("split_fractions", "split_seed", "official_splits", "notes"),
-            )
-        },
+        "data_set": {name: manifest.get(name) for name in TOLD_OF_MANIFEST},
         "digests": {"manifest": shards.digest, "id_key": manifest.get("id_key"), "files": manifest["files"]},
         "splits": {split: numbers.count_split(of, shards.class_names) for split, of in surveys.items()},
         "rejects": numbers.rejected(shards.rejects),
@@ -135,15 +126,17 @@ def write_passport(folder: Path, compare: Sequence[Path] = ()) -> Passport:
 
 
 def _check_files(shards: ShardSet, files: Sequence[Mapping[str, Any]]) -> None:
+    rows = Counter[str]()
+    for entry in shards.entries:
+        rows[entry.file] += entry.num_rows
     for of in files:
         path = shards.folder / of["name"]
-        rows = sum(entry.num_rows for entry in shards.entries if entry.file == of["name"])
         try:
             with path.open("rb") as file:
                 digest = file_digest(file, "sha256").hexdigest()
         except OSError as error:
             raise DataError(f"{path} cannot be read: {error}; run jobs/prepare.py again") from error
-        if digest != of["sha256"] or not rows == of["rows"] == count_rows(path):
+        if digest != of["sha256"] or not rows[of["name"]] == of["rows"] == count_rows(path):
             raise DataError(f"{path} is not what was written; delete the file and run jobs/prepare.py again")
 
 
@@ -181,8 +174,8 @@ def _leak_lines(leaks: Mapping[str, Any]) -> list[str]:
 
 
 def _tolerated(shards: ShardSet) -> dict[str, int]:
-    codes = sorted({code for entry in shards.entries for code in entry.warnings})
-    return {code: sum(code in entry.warnings for entry in shards.entries) for code in codes}
+    """What was tolerated, and in how many series."""
+    return dict(sorted(Counter(code for entry in shards.entries for code in entry.warnings).items()))
 
 
 def _anchors(surveys: Mapping[str, SplitSurvey]) -> tuple[dict[str, Any] | None, bytes | None]:
