@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from mp3d.data.dicom_folder import read_dicom
-from mp3d.data.volumes import read_volumes
 from mp3d.data.prepare import prepare
 from mp3d.data.synthetic import write_bad_files
+from mp3d.data.volumes import read_volumes
 from mp3d.report import Passport, write_passport
 from tests.test_report import Outline
 
