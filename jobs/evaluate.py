@@ -1,6 +1,7 @@
 """Judge a detector on the annotated key slices of a split, by the authors' FROC, and write a report with pictures.
 
     python jobs/evaluate.py --checkpoint RUN --shards FOLDER --out reports/NAME [--split test] [--ablations]
+                            [--streamed]
     ray job submit --working-dir . -- python jobs/evaluate.py --checkpoint RUN ...
 
 Writes report.html, froc.png, metrics.json and predictions.parquet into --out.
@@ -29,6 +30,8 @@ from mp3d.evaluation import (
     write_predictions,
 )
 from mp3d.launch import check_resources, connect_ray, worker_resources
+from mp3d.models.stream import check_streamable
+from mp3d.predict import best_mode
 from mp3d.report import write_report
 
 SAMPLES_PER_TASK = 32
@@ -44,7 +47,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 def evaluate(config: EvaluateConfig, *, dry_run: bool) -> int:
     checkpoint, shards = open_checkpoint(config.checkpoint), open_shards(config.shards)
     samples = key_slice_samples(config, shards)
-    variants: list[Variant] = ["trained", *(ABLATIONS if config.ablations else ())]
+    variants: list[Variant] = ["trained"]
+    if config.streamed:
+        check_streamable(checkpoint.config.model.norm)
+        variants.append("streamed")
+    if config.ablations:
+        variants += ABLATIONS
     if dry_run:
         cli.print_plan(
             {
@@ -70,6 +78,10 @@ def evaluate(config: EvaluateConfig, *, dry_run: bool) -> int:
     )
     report = write_report(out / "report.html", evaluation)
     print_scores(evaluation)
+    if config.streamed:
+        streamed = evaluation.comparisons["streamed"].mean_sensitivity
+        checkpoint.record_streaming(evaluation.froc.mean_sensitivity, streamed, provenance)
+        print(f"whole series are read in mode {best_mode(checkpoint)} from now on")
     print(f"report: {report}")
     return 0
 

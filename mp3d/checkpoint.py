@@ -6,6 +6,7 @@
     trainer.json           optimiser groups, epoch, step            } evaluation and serving ignore them
     metrics.json           epoch, score and the metrics of that epoch
     manifest.json          written last: format version and the SHA-256 of every other file
+    streaming.json         by an evaluation, later: what streaming whole series through it costs
 
 No manifest, no checkpoint. A *run* is a directory of checkpoints (``epoch_0001`` ...); wherever a checkpoint is asked
 for, a run will do and stands for its best.
@@ -14,6 +15,7 @@ for, a run will do and stands for its best.
 import json
 import math
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
@@ -31,6 +33,9 @@ from mp3d.errors import CheckpointError
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 KIND = "mp3d-checkpoint"
+STREAMING = "streaming.json"
+MAX_STREAMING_LOSS = 0.005
+"""Mean sensitivity, half a point: a checkpoint that loses more is not streamed unless asked to."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +61,24 @@ class Checkpoint:
 
     def model_state(self) -> dict[str, Tensor]:
         return load_file(self.path / "model.safetensors")
+
+    def may_be_streamed(self) -> bool:
+        """Whether an evaluation of this very checkpoint found that streaming costs at most ``MAX_STREAMING_LOSS``."""
+        try:
+            found = json.loads((self.path / STREAMING).read_text())
+            loss = found["mean_sensitivity"] - found["mean_sensitivity_streamed"]
+            return found["checkpoint"] == self.digest and loss <= MAX_STREAMING_LOSS
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
+
+    def record_streaming(self, mean_sensitivity: float, streamed: float, provenance: Mapping[str, str]) -> None:
+        """Keep beside the checkpoint what an evaluation found.
+
+        Args:
+            mean_sensitivity: of clips as in training; ``streamed``: of whole series, on the same key slices.
+        """
+        content = {"mean_sensitivity": mean_sensitivity, "mean_sensitivity_streamed": streamed, **provenance}
+        _write_json(self.path / STREAMING, content | {"checkpoint": self.digest})
 
     def trainer_state(self) -> TrainerState:
         """Raises: CheckpointError if it was saved without one."""

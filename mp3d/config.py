@@ -53,7 +53,11 @@ class ClipConfig(Config):
     """How stored slices become what the network reads (MP3D port, ``image_io_3DCE.py``)."""
 
     num_slices: PositiveInt = 9
-    """Slices in a clip, odd; the middle one is the key slice. 3 for colour pictures (their planes)."""
+    """Slices that a key slice is judged by, odd; it is the middle one. 3 for colour pictures (their planes)."""
+    num_key_slices: PositiveInt = 1
+    """Neighbouring slices of a clip any of which may be a key slice. 1: windows, as published; 9: slabs of 17 slices.
+    A detector trained on slabs can be run over a whole series at once.
+    """
     slice_spacing_mm: PositiveFloat | None = 2.5
     """Spacing of the clip along z; None takes the slices as they are stored, as for the planes of a picture."""
     interpolation: Literal["exact", "authors"] = "exact"
@@ -68,6 +72,11 @@ class ClipConfig(Config):
     """Divides after the mean is subtracted."""
     image_size: PositiveInt = 512
     """Pixels of the longer side after resizing, in evaluation and serving; a multiple of 32 wastes no padding."""
+
+    @property
+    def depth(self) -> int:
+        """Slices of a clip: ``num_slices`` around each of its possible key slices."""
+        return self.num_slices + self.num_key_slices - 1
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -252,6 +261,10 @@ class ServeConfig(Config):
 
     checkpoint: str
     """Checkpoint (or run) to serve."""
+    mode: Literal["auto", "window", "slab", "stream"] = "auto"
+    """How a series is read (``mp3d/predict.py``); auto: as the checkpoint was trained, streamed where its evaluation
+    allows it.
+    """
     score_threshold: Fraction = 0.3
     """Findings below it are not reported."""
     max_findings: PositiveInt = 200
@@ -322,6 +335,10 @@ class EvaluateConfig(Config):
     split: str = "test"
     ablations: bool = False
     """Also judge the same network without training, and fed its key slice nine times (no z context)."""
+    streamed: bool = False
+    """Also judge it streamed over whole series, and keep the difference beside the checkpoint: where it is at most half
+    a point of mean sensitivity, a detector trained on slabs is streamed from then on.
+    """
     max_clips: PositiveInt | None = None
     """Evenly spread over the split; None: every annotated slice."""
     batch_size: PositiveInt = 4

@@ -6,6 +6,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
+from itertools import chain, groupby
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal, Self, cast
 
@@ -18,13 +20,16 @@ from torch import Tensor, nn
 
 from mp3d.checkpoint import Checkpoint, open_checkpoint
 from mp3d.config import EvaluateConfig
-from mp3d.data.batches import Batch, ClipDataset, Sample, SliceInfo, annotated_samples, evaluation_batches
+from mp3d.data.batches import Batch, ClipDataset, Sample, SliceInfo, annotated_samples, evaluation_batches, read_clip
+from mp3d.data.clips import series_grid, stored_slices
 from mp3d.data.shard import ShardSet, decode_image, open_shards
 from mp3d.device import autocast, inference_dtype, pick_device
 from mp3d.errors import ConfigError, DataError
 from mp3d.metrics.average_precision import average_precision
 from mp3d.metrics.froc import MP3D_PORT, FrocProtocol, FrocResult, froc
 from mp3d.models import build_model
+from mp3d.models.stream import check_streamable
+from mp3d.predict import Predictor
 from mp3d.sample import Clip, Prediction, Target
 
 PREDICTIONS_FORMAT = b"mp3d key-slice predictions 1"
@@ -45,7 +50,7 @@ PREDICTIONS_SCHEMA = pa.schema(
 )
 """One row per key slice: truth and answer, no pixels, ids as hashed in the shards."""
 
-Variant = Literal["trained", "without training", "one slice nine times"]
+Variant = Literal["trained", "streamed", "without training", "one slice nine times"]
 ABLATIONS: tuple[Variant, ...] = ("without training", "one slice nine times")
 """What a detector is compared with: the same network before training, and itself without context along z."""
 
@@ -189,7 +194,7 @@ class KeySlicePredictor:
 
     Raises:
         CheckpointError, DataError: checkpoint or shards cannot be used.
-        ConfigError: the checkpoint is no detector.
+        ConfigError: the checkpoint is no detector, or one that cannot be streamed.
     """
 
     def __init__(self, config: EvaluateConfig, variant: Variant = "trained") -> None:
@@ -198,6 +203,8 @@ class KeySlicePredictor:
             raise ConfigError(
                 f"{checkpoint.path} has a {checkpoint.config.model.head.kind} head; jobs/evaluate.py judges detectors"
             )
+        if variant == "streamed":
+            check_streamable(checkpoint.config.model.norm)
         self.variant, self.batch_size = variant, config.batch_size
         self.clip = checkpoint.config.clip
         self.shards = open_shards(config.shards)
@@ -209,6 +216,8 @@ class KeySlicePredictor:
             self.model.load_state_dict(checkpoint.model_state())
 
     def __call__(self, samples: list[Sample]) -> list[KeySliceResult]:
+        if self.variant == "streamed":
+            return self._streamed(samples)
         batches = evaluation_batches(ClipDataset(self.shards, samples, self.clip), batch_size=self.batch_size)
         if self.variant == "one slice nine times":
             batches = (replace(batch, clips=[without_context(clip) for clip in batch.clips]) for batch in batches)
@@ -216,6 +225,38 @@ class KeySlicePredictor:
             KeySliceResult.of(prediction, target, info)
             for prediction, target, info in predict_clips(self.model, batches, self.device, self.dtype)
         ]
+
+    def _streamed(self, samples: list[Sample]) -> list[KeySliceResult]:
+        predictor = Predictor(self.model.eval(), self.clip, 1.0, self.device, self.dtype, mode="stream")
+        results = []
+        for entry, of_series in groupby(samples, key=attrgetter("entry")):
+            if entry.spacing_mm is None:
+                raise DataError(f"{entry.series} is a picture; only the slices of a series can be streamed")
+            of_series = list(of_series)
+            hu = np.stack([decode_image(row) for row in self.shards.iter_rows(entry)])
+            answers = answers_for(predictor, hu, entry.spacing_mm[0], [sample.row for sample in of_series])
+            for sample in of_series:
+                _, (target,), info = read_clip(self.shards, sample, self.clip)
+                results.append(KeySliceResult.of(_on_cpu(answers[sample.row]), target, info))
+        return results
+
+
+def answers_for(
+    predictor: Predictor, hu: Int16[np.ndarray, "n h w"], slice_spacing_mm: float, slices: Sequence[int]
+) -> dict[int, Prediction]:
+    """What a predictor of whole series says of some slices, each of which is on the grid when it is asked about: the
+    series is gone through once for all that lie on one grid.
+    """
+    answers = {}
+    for wanted in slices:
+        if wanted in answers:
+            continue
+        grid = series_grid(len(hu), slice_spacing_mm, predictor.clip, through=wanted)
+        on_grid = stored_slices(grid.positions)
+        for index, prediction in enumerate(chain.from_iterable(predictor.answers(hu, grid))):
+            if on_grid.get(index) in slices:
+                answers[on_grid[index]] = prediction
+    return answers
 
 
 def with_pictures(

@@ -1,20 +1,28 @@
-"""A checkpoint and a series make findings: the ``window`` mode, as published.
+"""A checkpoint and a series make findings.
 
-    series ─► z grid of the clip's spacing ─► a clip around every grid position ─► predictions on the nearest slice
+    series ─► z grid of the clip's spacing ─► predictions for every grid position ─► findings on the nearest slice
+
+The network reads the grid in one of three ways, with the same weights:
+
+- ``window``: a clip of nine slices around every position, as published; each slice is computed nine times;
+- ``slab``: clips of 17 slices that answer for nine positions each, exactly as a network trained on slabs was trained;
+- ``stream``: the whole series as one long clip, each slice once, in chunks (:mod:`mp3d.models.stream`). Padding and
+  neighbours differ from the trained function far from the key slice only, which a network trained on windows never
+  learnt to bear: ``auto`` streams only what was measured to lose nothing.
 
 A finding is always on a slice that the series really has. Where slices are thicker than the grid, several positions
 answer for one slice; of their overlapping boxes the best is kept. Boxes on neighbouring slices are not joined: the
 method finds lesions slice by slice.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self, cast
+from typing import Literal, Self, cast
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int16
 from torch import Tensor
 from torchvision.ops import batched_nms
 
@@ -24,12 +32,21 @@ from mp3d.data.clips import SeriesGrid, resample_z, series_grid
 from mp3d.data.series import Volume
 from mp3d.device import DeviceName, autocast, inference_dtype, pick_device
 from mp3d.errors import CheckpointError
-from mp3d.models import build_model
+from mp3d.models import LesionDetector, build_model
+from mp3d.models.stream import check_streamable, stream_predictions
 from mp3d.sample import Clip, Prediction
 
 Point = tuple[float, float, float]
 Model = Callable[[list[Clip]], list[Prediction]]
 """A detector in evaluation mode: one prediction per key slice, in pixels of the clip."""
+SeriesMode = Literal["window", "slab", "stream"]
+
+AT_ONCE: dict[SeriesMode, int] = {"window": 4, "slab": 9, "stream": 16}
+"""Grid positions that are computed at a time. With fewer than 16 slices in a batch, PyTorch takes a slow path for the
+1 x 1 convolutions of float32 on one thread.
+"""
+SLAB_KEY_SLICES = 9
+"""Of a slab for a network that was trained on windows."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +80,7 @@ class Predictor:
         clip: what the model reads.
         nms_iou: overlap above which only the best of several boxes of one class on one slice is kept.
         autocast_dtype: None computes in float32.
+        mode: how a series is read.
     """
 
     model: Model
@@ -70,18 +88,32 @@ class Predictor:
     nms_iou: float
     device: torch.device
     autocast_dtype: torch.dtype | None = None
+    mode: SeriesMode = "window"
 
     @classmethod
-    def open(cls, checkpoint: Checkpoint | str | Path, device: DeviceName = "auto") -> Self:
+    def open(
+        cls,
+        checkpoint: Checkpoint | str | Path,
+        device: DeviceName = "auto",
+        mode: SeriesMode | Literal["auto"] = "auto",
+    ) -> Self:
         """Load a checkpoint, or the best one of a run.
+
+        Args:
+            mode: ``auto`` is what the checkpoint was trained for or measured to bear (:func:`best_mode`).
 
         Raises:
             CheckpointError: none there, damaged, of another version, or of a model that detects nothing.
+            ConfigError: the model cannot be streamed.
             ResourceError: no such device.
         """
         if not isinstance(checkpoint, Checkpoint):
             checkpoint = open_checkpoint(checkpoint)
         head = detection_head(checkpoint)
+        if mode == "auto":
+            mode = best_mode(checkpoint)
+        elif mode == "stream":
+            check_streamable(checkpoint.config.model.norm)
         place = pick_device(device)
         model = build_model(checkpoint.config.model, checkpoint.config.clip)
         try:
@@ -98,33 +130,32 @@ class Predictor:
             head.box_nms_iou,
             place,
             inference_dtype(checkpoint.config.loop.precision, place),
+            mode,
         )
 
     def find_lesions(
         self,
         volume: Volume,
         score_threshold: float,
-        batch_size: int = 4,
+        at_once: int | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> list[Finding]:
-        """Findings with at least this score, best first. Memory beside the volume is that of one batch of clips.
+        """Findings with at least this score, best first. Memory beside the volume does not grow with its slices.
 
         Args:
-            progress: called after each batch with the number of clips done and of all clips; an exception that it
+            at_once: grid positions computed at a time; None: what suits the mode.
+            progress: called again and again with the number of grid positions done and of all; an exception that it
                 raises ends the search.
         """
         grid = series_grid(len(volume.hu), volume.spacing_mm[0], self.clip)
         answers_for = torch.from_numpy(grid.nearest_source)
-        kept = []
-        for start in range(0, len(grid.positions), batch_size):
-            stop = min(start + batch_size, len(grid.positions))
-            predictions = self._predict(volume, grid, range(start, stop))
-            kept += [
-                _above(prediction, slice_index, score_threshold)
-                for prediction, slice_index in zip(predictions, answers_for[start:stop], strict=True)
-            ]
+        kept, done = [], 0
+        for predictions in self.answers(volume.hu, grid, at_once):
+            slices = answers_for[done : done + len(predictions)]
+            kept += [_above(*answer, score_threshold) for answer in zip(predictions, slices, strict=True)]
+            done += len(predictions)
             if progress is not None:
-                progress(stop, len(grid.positions))
+                progress(done, len(grid.positions))
         boxes, scores, labels, slices = (torch.cat(part) for part in zip(*kept, strict=True))
         # float64, because the groups are moved far apart, where float32 would lose hundredths of a pixel
         order = batched_nms(boxes.double(), scores.double(), labels * len(volume.hu) + slices, self.nms_iou)
@@ -134,13 +165,66 @@ class Predictor:
         """Raises RuntimeError where the device no longer computes, such as a lost GPU."""
         torch.zeros(1, device=self.device).add(1).item()
 
-    def _predict(self, volume: Volume, grid: SeriesGrid, indices: Sequence[int]) -> list[Prediction]:
+    def answers(
+        self, hu: Int16[np.ndarray, "n h w"], grid: SeriesGrid, at_once: int | None = None
+    ) -> Iterator[list[Prediction]]:
+        """Predictions for the next grid positions, all in order and each once; ``at_once`` as in
+        :meth:`find_lesions`.
+        """
+        at_once = at_once or AT_ONCE[self.mode]
+        match self.mode:
+            case "window":
+                answers = self._by_clips(hu, grid, 1, at_once)
+            case "slab":
+                trained = self.clip.num_key_slices
+                answers = self._by_clips(hu, grid, trained if trained > 1 else SLAB_KEY_SLICES, at_once)
+            case "stream":
+                answers = self._streamed(hu, grid, at_once)
+        while True:
+            # Inference mode must not span the yield: it would leak into the caller's code between two answers.
+            with torch.inference_mode(), autocast(self.device, self.autocast_dtype):
+                predictions = next(answers, None)
+            if predictions is None:
+                return
+            yield predictions
+
+    def _by_clips(
+        self, hu: Int16[np.ndarray, "n h w"], grid: SeriesGrid, keys_per_clip: int, at_once: int
+    ) -> Iterator[list[Prediction]]:
+        """With a clip for every few positions; the last one ends with the grid and answers for what is left."""
+        total, radius = len(grid.positions), self.clip.num_slices // 2
         clips = []
-        for index in indices:
-            slices = torch.from_numpy(resample_z(volume.hu, grid.window(index, self.clip.num_slices)))
-            clips.append(Clip(slices.to(self.device), (self.clip.num_slices // 2,)))
-        with torch.inference_mode(), autocast(self.device, self.autocast_dtype):
-            return self.model(clips)
+        for first in range(0, total, keys_per_clip):
+            start = max(min(first, total - keys_per_clip), 0)
+            keys = range(first, min(first + keys_per_clip, total))
+            slices = self._slices(hu, grid, start - radius, start + keys_per_clip + radius)
+            clips.append(Clip(slices, tuple(key - start + radius for key in keys)))
+            if len(clips) * keys_per_clip >= at_once or keys.stop == total:
+                yield self.model(clips)
+                clips = []
+
+    def _streamed(self, hu: Int16[np.ndarray, "n h w"], grid: SeriesGrid, at_once: int) -> Iterator[list[Prediction]]:
+        """As one clip, with as many slices beyond the ends as a window has."""
+        if not isinstance(self.model, LesionDetector):
+            raise TypeError(f"a {type(self.model).__name__} cannot be streamed; give a LesionDetector")
+        radius = self.clip.num_slices // 2
+        stop = len(grid.positions) + radius
+        chunks = (self._slices(hu, grid, start, min(start + at_once, stop)) for start in range(-radius, stop, at_once))
+        return stream_predictions(self.model, chunks, at_once)
+
+    def _slices(
+        self, hu: Int16[np.ndarray, "n h w"], grid: SeriesGrid, start: int, stop: int
+    ) -> Int16[Tensor, "d h w"]:
+        return torch.from_numpy(resample_z(hu, grid.stretch(start, stop))).to(self.device)
+
+
+def best_mode(checkpoint: Checkpoint) -> SeriesMode:
+    """``window`` for a network trained on windows; for one trained on slabs ``slab``, or ``stream`` where its own
+    evaluation says that this costs no accuracy (:meth:`mp3d.checkpoint.Checkpoint.may_be_streamed`).
+    """
+    if checkpoint.config.clip.num_key_slices == 1:
+        return "window"
+    return "stream" if checkpoint.may_be_streamed() else "slab"
 
 
 def detection_head(checkpoint: Checkpoint) -> DetectionHead:

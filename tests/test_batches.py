@@ -19,6 +19,8 @@ from mp3d.errors import DataError
 from tests.tiny import BRIGHT_HU, blob_series, ct_shards, picture_shards
 
 CLIP = ClipConfig(image_size=32)
+SLAB = CLIP.override({"num_key_slices": 9})
+NO_CHANGE = AugmentConfig(horizontal_flip=0, z_flip=0)
 PLANES = ClipConfig(num_slices=3, slice_spacing_mm=None, image_size=24)
 
 
@@ -34,7 +36,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> ShardSet:
 
 def test_a_clip_is_the_slices_around_its_key_slice(ct: ShardSet):
     samples, _ = annotated_samples(ct, "train")
-    clip, target, info = read_clip(ct, samples[0], CLIP)
+    clip, (target,), info = read_clip(ct, samples[0], CLIP)
     stored = [blob_series(i) for i in range(0, 8, 2)]
     source = next(
         s for s in stored if torch.equal(torch.from_numpy(s.volume.hu[samples[0].row].copy()), clip.slices[4])
@@ -52,7 +54,7 @@ def test_key_slices_are_those_with_boxes_and_negatives_were_searched(ct: ShardSe
     assert len(positives) == 4 * 3
     assert none == []
     assert len(spare) == 4 * 8
-    _, target, _ = read_clip(ct, spare[0], CLIP)
+    _, (target,), _ = read_clip(ct, spare[0], CLIP)
     assert target["boxes"].shape == (0, 4)
 
 
@@ -60,7 +62,7 @@ def test_pictures_come_as_planes_with_their_label(pictures: ShardSet):
     samples = picture_samples(pictures, "train")
     assert len(samples) == 24
     for sample in samples[:4]:
-        clip, target, _ = read_clip(pictures, sample, PLANES)
+        clip, (target,), _ = read_clip(pictures, sample, PLANES)
         assert clip.slices.shape == (3, 24, 24)
         assert clip.slices.dtype == torch.uint8
         assert (clip.slices.float().mean() > 100) == bool(target["label"])
@@ -132,3 +134,60 @@ def test_evaluation_sees_every_sample_once_over_all_ranks(ct: ShardSet):
         for info in batch.infos
     ]
     assert sorted(seen) == sorted((sample.entry.series, sample.row) for sample in samples)
+
+
+def test_a_slab_carries_the_truth_of_every_annotated_slice_in_its_middle(ct: ShardSet):
+    """The boxes lie on rows 4, 5 and 6 of 11."""
+    samples, _ = annotated_samples(ct, "train")
+    whole = {sample.row: read_clip(ct, sample, CLIP)[1][0] for sample in samples[:3]}
+    for place, expected in ((4, (4, 5, 6)), (8, (8, 9, 10)), (11, (11, 12)), (12, (12,))):
+        clip, targets, info = read_clip(ct, samples[0], SLAB, place)
+        assert clip.slices.shape[0] == 17
+        assert clip.key_slices == expected
+        assert info.z_index == samples[0].row == 4
+        for key, target in zip(clip.key_slices, targets, strict=True):
+            assert torch.equal(target["boxes"], whole[4 + key - place]["boxes"])
+            x1, y1, x2, y2 = target["boxes"][0].int().tolist()
+            assert clip.slices[key, y1:y2, x1:x2].float().mean() > BRIGHT_HU / 2
+    clip, targets, _ = read_clip(ct, samples[2], SLAB, 4)
+    assert clip.key_slices == (4,), "row 5 would be slice 3 of the slab, where it has too few neighbours"
+
+
+def test_a_slice_without_boxes_is_a_key_slice_only_where_it_was_drawn(ct: ShardSet):
+    _, spare = annotated_samples(ct, "train", negatives=1.0)
+    clip, targets, info = read_clip(ct, spare[3], SLAB, 8)
+    assert info.z_index == 3
+    assert clip.key_slices == (8, 9, 10, 11)
+    assert [len(target["boxes"]) for target in targets] == [0, 1, 1, 1]
+
+
+def test_evaluation_reads_a_slab_with_one_key_slice_in_the_middle(ct: ShardSet):
+    samples, _ = annotated_samples(ct, "val")
+    for batch in evaluation_batches(ClipDataset(ct, samples, SLAB), batch_size=2):
+        assert [clip.key_slices for clip in batch.clips] == [(8,)] * len(batch.clips)
+        assert len(batch.targets) == len(batch.infos) == len(batch.clips)
+        for clip, target in zip(batch.clips, batch.targets, strict=True):
+            x1, y1, x2, y2 = target["boxes"][0].int().tolist()
+            assert clip.slices[8, y1:y2, x1:x2].float().mean() > BRIGHT_HU / 2
+
+
+def test_slabs_are_drawn_by_seed_and_place_and_use_every_place(ct: ShardSet):
+    positives, spare = annotated_samples(ct, "train")
+    stream = Stream(positives, spare, negatives=0, seed=0)
+    one, same, other = (ClipDataset(ct, stream.samples, SLAB, NO_CHANGE, seed) for seed in (1, 1, 2))
+    places = [stream.place(i) for i in range(60)]
+    drawn = [one[place][0].key_slices for place in places]
+    assert [same[place][0].key_slices for place in reversed(places)][::-1] == drawn
+    assert [other[place][0].key_slices for place in places] != drawn
+    assert {key for keys in drawn for key in keys} == set(range(4, 13))
+
+
+def test_a_slab_turned_around_keeps_truth_and_slice_together(ct: ShardSet):
+    positives, spare = annotated_samples(ct, "train")
+    stream = Stream(positives, spare, negatives=0, seed=0)
+    turned = ClipDataset(ct, stream.samples, SLAB, NO_CHANGE.override({"z_flip": 1.0}), seed=1)
+    for i in range(12):
+        clip, targets, _ = turned[stream.place(i)]
+        for key, target in zip(clip.key_slices, targets, strict=True):
+            x1, y1, x2, y2 = target["boxes"][0].int().tolist()
+            assert clip.slices[key, y1:y2, x1:x2].float().mean() > BRIGHT_HU / 2

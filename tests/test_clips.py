@@ -7,7 +7,7 @@ import pytest
 import scipy.ndimage
 
 from mp3d.config import ClipConfig
-from mp3d.data.clips import BLOCK_ROWS, resample_z, series_grid, window_positions
+from mp3d.data.clips import BLOCK_ROWS, resample_z, series_grid, stored_slices, window_positions
 
 NINE = ClipConfig()
 
@@ -138,4 +138,33 @@ def test_series_grid_covers_the_series(num_source: int, spacing_mm: float, grid_
 def test_a_window_of_the_grid_equals_the_window_of_a_key_slice_where_both_exist():
     grid = series_grid(40, 2.5, NINE)
     for key in (0, 3, 20, 39):
-        np.testing.assert_allclose(grid.window(key, 9), window_positions(key, 40, 2.5, NINE))
+        np.testing.assert_allclose(grid.stretch(key - 4, key + 5), window_positions(key, 40, 2.5, NINE))
+
+
+@pytest.mark.parametrize("spacing_mm", [1.0, 2.0, 2.5, 3.0, 5.0])
+def test_a_grid_can_be_laid_through_any_slice(spacing_mm: float):
+    for slice_number in (0, 1, 7, 19):
+        grid = series_grid(20, spacing_mm, NINE, through=slice_number)
+        assert grid.positions[grid.index_of(slice_number)] == slice_number
+        np.testing.assert_allclose(np.diff(grid.positions), 2.5 / spacing_mm)
+        assert 0 <= grid.positions[0] * spacing_mm < 2.5
+        assert 0 <= (19 - grid.positions[-1]) * spacing_mm < 2.5
+        np.testing.assert_allclose(grid.stretch(0, len(grid.positions)), grid.positions, rtol=0, atol=1e-9)
+        beyond = grid.positions[0] + grid.step * np.array([-2, -1])
+        np.testing.assert_allclose(grid.stretch(-2, 0), np.maximum(beyond, 0), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize(("place", "offsets"), [(None, range(-8, 9)), (4, range(-4, 13)), (12, range(-12, 5))])
+def test_a_slab_has_its_key_slice_where_it_is_put(place: int | None, offsets: range):
+    slab = ClipConfig(num_key_slices=9)
+    assert slab.depth == 17
+    assert (window_positions(50, 100, 2.5, slab, place) - 50).tolist() == list(offsets)
+
+
+def test_stored_slices_of_a_clip():
+    """At 2 mm every fifth grid slice is a stored one; of copies beyond an end the nearest counts."""
+    positions = window_positions(5, 11, 2.0, ClipConfig(num_key_slices=9), place=8)
+    assert stored_slices(positions, near=8) == {4: 0, 8: 5, 12: 10}
+    assert stored_slices(np.array([0.0, 0, 0, 1, 2, 2])) == {0: 0, 3: 1, 4: 2}
+    assert stored_slices(np.array([0.0, 0, 0, 1, 2, 2]), near=3) == {2: 0, 3: 1, 4: 2}
+    assert stored_slices(np.array([3.004, 4.02])) == {0: 3}

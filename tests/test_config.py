@@ -36,6 +36,7 @@ def test_override_of_an_unknown_field_lists_those_there(config: TrainConfig, pat
     [
         ({"optim.lr": -1}, "greater than 0"),
         ({"clip.num_slices": 8}, "must be odd"),
+        ({"clip.num_key_slices": 0}, "greater than 0"),
         ({"clip.window_hu": (10, -10)}, "lower bound comes first"),
         ({"name": "a/b"}, "pattern"),
         ({"model.frozen_stages": 5}, "less than or equal to 4"),

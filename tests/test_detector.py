@@ -50,7 +50,7 @@ def test_finds_the_lesion_it_was_trained_on():
     clip, targets = blob()
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
     losses = []
-    for _ in range(50):
+    for _ in range(80):
         loss = torch.stack(list(model([clip], targets).values())).sum()
         optimizer.zero_grad()
         loss.backward()

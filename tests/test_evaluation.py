@@ -1,5 +1,8 @@
 """From clips to predictions, to a file and back, to metrics."""
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -7,18 +10,28 @@ import pytest
 import torch
 from torch import nn
 
+from jobs.evaluate import evaluate
+from mp3d.checkpoint import STREAMING, open_checkpoint, save_checkpoint
+from mp3d.config import ClipConfig, EvaluateConfig
 from mp3d.data.batches import Batch, SliceInfo
-from mp3d.errors import DataError
+from mp3d.data.shard import decode_image, open_shards
+from mp3d.errors import ConfigError, DataError
 from mp3d.evaluation import (
+    KeySlicePredictor,
     KeySliceResult,
+    answers_for,
     evaluate_detector,
+    key_slice_samples,
     predict_clips,
     read_predictions,
     without_context,
     write_predictions,
 )
 from mp3d.metrics.froc import MP3D_PORT, THREE_DCE_MULAN
+from mp3d.models import build_model
+from mp3d.predict import Predictor
 from mp3d.sample import Clip
+from tests.tiny import ct_shards, detector_config
 
 
 def result(z_index, true_boxes, boxes, scores, patient="p0", series="s0"):
@@ -177,3 +190,78 @@ def test_files_that_are_no_predictions_are_refused(tmp_path):
     pq.write_table(pa.table({"patient": ["p0"]}), path)
     with pytest.raises(DataError, match="no key-slice predictions of this format"):
         read_predictions(path)
+
+
+@pytest.fixture(scope="module")
+def slab_run(tmp_path_factory: pytest.TempPathFactory) -> EvaluateConfig:
+    """A tiny detector of slabs, as initialised, and the shards that it is judged on."""
+    folder = tmp_path_factory.mktemp("slab")
+    config = detector_config(ct_shards(folder / "shards"), folder, clip__num_key_slices=9)
+    torch.manual_seed(0)
+    (folder / "c").mkdir()
+    save_checkpoint(
+        folder / "c",
+        config=config,
+        model_state=build_model(config.model, config.clip).state_dict(),
+        epoch=1,
+        score=0,
+        metrics={},
+    )
+    return EvaluateConfig(
+        checkpoint=str(folder / "c"), shards=config.shards, out=str(folder / "out"), runner="local", streamed=True
+    )
+
+
+def test_streamed_answers_are_those_of_the_whole_series(slab_run: EvaluateConfig):
+    shards = open_shards(slab_run.shards)
+    samples = key_slice_samples(slab_run, shards)
+    predictor = KeySlicePredictor(slab_run, "streamed")
+    results = predictor(samples)
+    trained = KeySlicePredictor(slab_run)(samples)
+    assert [(r.series, r.z_index) for r in results] == [(s.entry.series, s.row) for s in samples]
+    for sample, result, other in zip(samples, results, trained, strict=True):
+        np.testing.assert_array_equal(result.true_boxes, other.true_boxes)
+        hu = np.stack([decode_image(row) for row in shards.iter_rows(sample.entry)])
+        whole = torch.from_numpy(np.pad(hu, ((4, 4), (0, 0), (0, 0)), mode="edge"))
+        with torch.no_grad():
+            (expected,) = predictor.model([Clip(whole, (sample.row + 4,))])
+        np.testing.assert_allclose(result.scores, expected["scores"], rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(result.boxes, expected["boxes"], rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize(("spacing_mm", "passes"), [(2.5, 1), (5.0, 1), (2.0, 4), (1.0, 4)])
+def test_a_series_is_streamed_once_for_all_key_slices_on_one_grid(spacing_mm: float, passes: int):
+    """A grid of 2.5 mm meets every fifth slice, at 1 mm and at 2 mm: slices 3, 8 and 13 share one."""
+
+    class Centred(Predictor):
+        def answers(self, hu, grid, at_once=None):
+            grids.append(grid)
+            yield [{"scores": torch.tensor([position])} for position in grid.positions]
+
+    grids = []
+    predictor = Centred(BrightestSlice(), ClipConfig(), 0.5, CPU)
+    wanted = [3, 4, 8, 12, 13, 15]
+    answers = answers_for(predictor, np.zeros((20, 4, 4), np.int16), spacing_mm, wanted)
+    assert {number: float(answer["scores"]) for number, answer in answers.items()} == {n: n for n in wanted}
+    assert len(grids) == passes
+
+
+def test_evaluating_writes_down_what_streaming_costs(slab_run: EvaluateConfig, capsys: pytest.CaptureFixture[str]):
+    assert evaluate(slab_run, dry_run=False) == 0
+    said = capsys.readouterr().out
+    checkpoint = open_checkpoint(slab_run.checkpoint)
+    found = json.loads((checkpoint.path / STREAMING).read_text())
+    metrics = json.loads((Path(slab_run.out) / "metrics.json").read_text())
+    assert found["mean_sensitivity"] == metrics["froc"]["mean_sensitivity"]
+    assert found["mean_sensitivity_streamed"] == metrics["comparisons"]["streamed"]["mean_sensitivity"]
+    assert found["checkpoint"] == checkpoint.digest
+    mode = "stream" if checkpoint.may_be_streamed() else "slab"
+    assert f"whole series are read in mode {mode}" in said
+
+
+def test_a_norm_over_the_clip_cannot_be_judged_streamed(slab_run: EvaluateConfig, tmp_path: Path):
+    config = open_checkpoint(slab_run.checkpoint).config.override({"model.norm": "gn3d"})
+    state = build_model(config.model, config.clip).state_dict()
+    save_checkpoint(tmp_path, config=config, model_state=state, epoch=1, score=0, metrics={})
+    with pytest.raises(ConfigError, match="model.norm is gn3d"):
+        evaluate(slab_run.override({"checkpoint": str(tmp_path)}), dry_run=False)

@@ -7,12 +7,13 @@ import pytest
 import torch
 from scipy.spatial.transform import Rotation
 
-from mp3d.checkpoint import open_checkpoint, save_checkpoint
+from mp3d.checkpoint import STREAMING, Checkpoint, open_checkpoint, save_checkpoint
 from mp3d.config import ClassificationHead, ClipConfig
+from mp3d.data.clips import resample_z, series_grid
 from mp3d.data.series import Volume
-from mp3d.errors import CheckpointError
-from mp3d.models import build_model
-from mp3d.predict import Predictor, edge_to_lps_mm
+from mp3d.errors import CheckpointError, ConfigError
+from mp3d.models import LesionDetector, build_model
+from mp3d.predict import Predictor, SeriesMode, edge_to_lps_mm
 from mp3d.sample import Clip, Prediction
 from tests.serving_world import BrightBoxes, save_tiny, tiny_config
 
@@ -32,9 +33,11 @@ def air(num_slices: int, spacing_mm: tuple[float, float, float], rows: int = 20,
     return Volume(np.full((num_slices, rows, columns), AIR, np.int16), oblique_affine(spacing_mm))
 
 
-def predictor(model=None, slice_spacing_mm: float | None = 2.5, nms_iou: float = 0.5) -> Predictor:
+def predictor(
+    model=None, slice_spacing_mm: float | None = 2.5, nms_iou: float = 0.5, mode: SeriesMode = "window"
+) -> Predictor:
     clip = ClipConfig(num_slices=9, slice_spacing_mm=slice_spacing_mm)
-    return Predictor(model or BrightBoxes(), clip, nms_iou, torch.device("cpu"))
+    return Predictor(model or BrightBoxes(), clip, nms_iou, torch.device("cpu"), mode=mode)
 
 
 def test_one_voxel_comes_back_to_its_millimetres():
@@ -76,12 +79,13 @@ def test_position_survives_every_grid(slice_spacing_mm: float):
         assert [each.score for each in findings] == sorted((each.score for each in findings), reverse=True)
 
 
-def test_thick_slices_get_one_finding_though_several_positions_answer_for_them():
+@pytest.mark.parametrize(("mode", "num_clips"), [("window", 15), ("slab", 2)])
+def test_thick_slices_get_one_finding_though_several_positions_answer_for_them(mode: SeriesMode, num_clips: int):
     volume = air(8, (5.0, 1.0, 1.0))
     volume.hu[2:6, 5:9, 5:9] = 600
     model = BrightBoxes()
-    findings = predictor(model).find_lesions(volume, 0.1)
-    assert sum(model.batches) == 15
+    findings = predictor(model, mode=mode).find_lesions(volume, 0.1)
+    assert sum(model.batches) == num_clips
     assert sorted(found.slice_index for found in findings) == [2, 3, 4, 5]
 
 
@@ -98,7 +102,7 @@ def test_boxes_apart_on_one_slice_are_both_kept():
 def test_neighbouring_slices_do_not_suppress_each_other():
     volume = air(400, (2.5, 1.0, 1.0))
     volume.hu[:, 5:9, 5:9] = 600
-    assert len(predictor().find_lesions(volume, 0.1, batch_size=64)) == 400
+    assert len(predictor().find_lesions(volume, 0.1, at_once=64)) == 400
 
 
 def test_threshold_is_inclusive_and_nothing_is_an_empty_list():
@@ -128,7 +132,7 @@ def test_clips_are_made_batch_by_batch_and_progress_may_stop_them():
     calls: list[tuple[int, int]] = []
     model = BrightBoxes()
     with pytest.raises(Stopped):
-        predictor(model).find_lesions(air(10, (2.5, 1, 1)), 0.1, batch_size=3, progress=stop_after_two)
+        predictor(model).find_lesions(air(10, (2.5, 1, 1)), 0.1, at_once=3, progress=stop_after_two)
     assert model.batches == [3, 3]
     assert calls == [(3, 10), (6, 10)]
 
@@ -145,6 +149,140 @@ def test_opened_checkpoint_answers_as_the_model_it_holds(tmp_path: Path):
     scores = [found.score for found in findings if found.slice_index == 1]
     assert len(scores) > 0
     assert scores == pytest.approx(expected["scores"].tolist(), abs=1e-5)
+
+
+class Recorded:
+    """A detector, and the clips that it was asked about."""
+
+    def __init__(self, model: LesionDetector) -> None:
+        self.model, self.clips = model, []
+
+    def __call__(self, clips: list[Clip]) -> list[Prediction]:
+        self.clips += clips
+        return self.model(clips)
+
+
+def tiny_detector() -> LesionDetector:
+    torch.manual_seed(0)
+    config = tiny_config()
+    return LesionDetector(config.model.override({"backbone": "mp3d18ba", "width": 0.125}), config.clip).eval()
+
+
+def noise(num_slices: int, spacing_mm: float) -> Volume:
+    volume = air(num_slices, (spacing_mm, 1.0, 1.0), 40, 64)
+    volume.hu[:] = np.random.default_rng(num_slices).integers(-1000, 1000, volume.hu.shape)
+    return volume
+
+
+def assert_same(ours: list[Prediction], theirs: list[Prediction]) -> None:
+    assert len(ours) == len(theirs)
+    for one, other in zip(ours, theirs, strict=True):
+        assert len(one["scores"]) > 0
+        torch.testing.assert_close(one["boxes"], other["boxes"], rtol=1e-4, atol=1e-3)
+        torch.testing.assert_close(one["scores"], other["scores"], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("num_slices", "spacing_mm"), [(1, 2.5), (5, 2.5), (9, 2.5), (21, 2.5), (12, 5.0), (40, 1.0)])
+def test_a_slab_answers_as_trained_for_every_position_once(num_slices: int, spacing_mm: float):
+    """Seventeen slices around nine positions; the last slab ends with the series."""
+    model, volume = Recorded(tiny_detector()), noise(num_slices, spacing_mm)
+    grid = series_grid(num_slices, spacing_mm, ClipConfig())
+    ours = [each for part in predictor(model, mode="slab").answers(volume.hu, grid) for each in part]
+    total, asked = len(grid.positions), []
+    for clip in model.clips:
+        start = min(len(asked), max(total - 9, 0))
+        np.testing.assert_array_equal(clip.slices, resample_z(volume.hu, grid.stretch(start - 4, start + 13)))
+        asked += [start + key - 4 for key in clip.key_slices]
+        assert all(4 <= key <= 12 for key in clip.key_slices)
+    assert asked == list(range(total))
+    with torch.no_grad():
+        alone = [model.model([Clip(clip.slices, (key,))])[0] for clip in model.clips for key in clip.key_slices]
+    assert_same(ours, alone)
+
+
+@pytest.mark.parametrize(("num_slices", "spacing_mm"), [(1, 2.5), (5, 2.5), (25, 2.5), (14, 5.0), (60, 1.0)])
+def test_a_streamed_series_is_one_long_clip(num_slices: int, spacing_mm: float):
+    model, volume = tiny_detector(), noise(num_slices, spacing_mm)
+    grid = series_grid(num_slices, spacing_mm, ClipConfig())
+    total = len(grid.positions)
+    whole = torch.from_numpy(resample_z(volume.hu, grid.stretch(-4, total + 4)))
+    with torch.no_grad():
+        expected = model([Clip(whole, tuple(range(4, total + 4)))])
+    for at_once in (3, 16, None):
+        streamed = predictor(model, mode="stream").answers(volume.hu, grid, at_once)
+        assert_same([each for part in streamed for each in part], expected)
+
+
+def test_streamed_findings_lie_on_the_slices_that_their_positions_answer_for():
+    model, volume = tiny_detector(), noise(14, 5.0)
+    calls = []
+    findings = predictor(model, mode="stream", nms_iou=1.0).find_lesions(
+        volume, 0.0, progress=lambda done, total: calls.append((done, total))
+    )
+    grid = series_grid(14, 5.0, ClipConfig())
+    answers = [each for part in predictor(model, mode="stream").answers(volume.hu, grid) for each in part]
+    expected = sorted(
+        (int(slice_index), round(score, 5))
+        for answer, slice_index in zip(answers, grid.nearest_source, strict=True)
+        for score in answer["scores"].tolist()
+    )
+    assert sorted((found.slice_index, round(found.score, 5)) for found in findings) == expected
+    assert calls[-1] == (27, 27)
+    assert calls == sorted(calls)
+
+
+@pytest.mark.parametrize("mode", ["window", "slab", "stream"])
+def test_only_the_slices_of_the_moment_are_interpolated(mode: SeriesMode, monkeypatch: pytest.MonkeyPatch):
+    def recorded(hu: np.ndarray, positions: np.ndarray) -> np.ndarray:
+        asked.append(len(positions))
+        return resample_z(hu, positions)
+
+    asked: list[int] = []
+    monkeypatch.setattr("mp3d.predict.resample_z", recorded)
+    predictor(tiny_detector(), mode=mode).find_lesions(noise(50, 2.0), 0.5)
+    assert max(asked) == {"window": 9, "slab": 17, "stream": 16}[mode]
+
+
+def test_only_a_detector_can_be_streamed():
+    with pytest.raises(TypeError, match="a BrightBoxes cannot be streamed"):
+        predictor(mode="stream").find_lesions(air(9, (2.5, 1, 1)), 0.1)
+
+
+def saved(folder: Path, **changes) -> Checkpoint:
+    config = tiny_config().override(changes)
+    save_tiny(folder, config)
+    return open_checkpoint(folder)
+
+
+def test_the_mode_follows_the_training_and_what_streaming_was_found_to_cost(tmp_path: Path):
+    windows, slabs = saved(tmp_path / "w"), saved(tmp_path / "s", **{"clip.num_key_slices": 9})
+    assert Predictor.open(windows, "cpu").mode == "window"
+    assert Predictor.open(slabs, "cpu").mode == "slab"
+    for mean_sensitivity, streamed, mode in ((0.8, 0.796, "stream"), (0.8, 0.81, "stream"), (0.8, 0.794, "slab")):
+        for checkpoint in (windows, slabs):
+            checkpoint.record_streaming(mean_sensitivity, streamed, {"data set": "made"})
+        assert Predictor.open(tmp_path / "s", "cpu").mode == mode
+        assert Predictor.open(tmp_path / "w", "cpu").mode == "window"
+    assert Predictor.open(slabs, "cpu", mode="window").mode == "window"
+    assert Predictor.open(windows, "cpu", mode="stream").mode == "stream"
+
+
+def test_what_was_measured_on_other_weights_does_not_count(tmp_path: Path):
+    first = saved(tmp_path / "a", **{"clip.num_key_slices": 9})
+    second = saved(tmp_path / "b", **{"clip.num_key_slices": 9, "name": "other"})
+    first.record_streaming(0.8, 0.8, {})
+    (second.path / STREAMING).write_bytes((first.path / STREAMING).read_bytes())
+    assert first.may_be_streamed()
+    assert not second.may_be_streamed()
+    (first.path / STREAMING).write_text("torn")
+    assert not first.may_be_streamed()
+
+
+def test_statistics_over_the_clip_cannot_be_streamed(tmp_path: Path):
+    checkpoint = saved(tmp_path / "c", **{"model.norm": "gn3d", "clip.num_key_slices": 9})
+    with pytest.raises(ConfigError, match="model.norm is gn3d"):
+        Predictor.open(checkpoint, "cpu", mode="stream")
+    assert Predictor.open(checkpoint, "cpu").mode == "slab"
 
 
 def test_classifier_cannot_be_opened_as_a_detector(tmp_path: Path):

@@ -36,6 +36,15 @@ def test_pretraining_reads_three_planes_in_random_order(recipe: Recipe):
     assert config.model.head.kind == "classification"
 
 
+@pytest.mark.parametrize("recipe", FINETUNE, ids=lambda recipe: recipe.__name__)
+def test_detectors_train_on_slabs_but_the_published_one(recipe: Recipe):
+    config = recipe()
+    if recipe.__name__.endswith("_paper"):
+        assert (config.clip.num_key_slices, config.clip.depth, config.model.norm) == (1, 9, "gn3d")
+    else:
+        assert (config.clip.num_key_slices, config.clip.depth, config.model.norm) == (9, 17, "slice_gn")
+
+
 def test_the_paper_recipe_is_the_published_one():
     config = next(recipe for recipe in FINETUNE if recipe.__name__ == "deeplesion_mp3d63_paper")()
     assert (config.clip.num_slices, config.clip.slice_spacing_mm, config.clip.window_hu) == (9, 2.5, (-1024, 1050))

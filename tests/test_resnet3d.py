@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mp3d.models.folded import Norm, fold, unfold
+from mp3d.models.folded import Norm, WholeClips, fold, unfold
 from mp3d.models.released import authors_name
 from mp3d.models.resnet3d import BasicBlock3D, build_resnet3d18, build_stem
 from tests import formula
@@ -38,7 +38,7 @@ def test_block_equals_the_formula(in_channels, stride):
     x = clip(2, in_channels, 5, 8, 6)
     shortcut = x if block.shortcut is None else reference(block.shortcut, x)
     expected = F.relu(reference(block.conv2, F.relu(reference(block.conv1, x))) + shortcut)
-    torch.testing.assert_close(unfold(block(fold(x), 5), 5), expected)
+    torch.testing.assert_close(unfold(block(fold(x), WholeClips(5)), 5), expected)
 
 
 @pytest.mark.parametrize("norm", ["slice_gn", "gn3d", "bn", "frozen_bn"])
@@ -56,7 +56,7 @@ def test_z_is_never_shrunk(stem, norm):
 
 def test_outer_planes_of_the_large_stem_learn_nothing_from_three_planes():
     stem = build_stem("7x7x7", 64, Norm("bn"))
-    stem(fold(torch.randn(2, 1, 3, 32, 32)), 3).square().sum().backward()
+    stem(fold(torch.randn(2, 1, 3, 32, 32)), WholeClips(3)).square().sum().backward()
     gradient = stem.layers[0].conv.weight.grad
     assert [bool(plane.any()) for plane in gradient.unbind(2)] == [False, True, True, True, True, True, False]
     assert int((gradient == 0).sum()) == 6_272
@@ -64,6 +64,6 @@ def test_outer_planes_of_the_large_stem_learn_nothing_from_three_planes():
 
 def test_every_weight_of_v1c_learns_from_three_planes():
     stem = build_stem("v1c", 64, Norm("bn"))
-    stem(fold(torch.randn(2, 1, 3, 32, 32)), 3).square().sum().backward()
+    stem(fold(torch.randn(2, 1, 3, 32, 32)), WholeClips(3)).square().sum().backward()
     for layer in stem.layers:
         assert bool(layer.conv.weight.grad.all())

@@ -101,6 +101,11 @@ def test_a_detector_learns(ct: Path, tmp_path: Path):
     assert open_checkpoint(run).metrics["sensitivity@1"] >= 0.5
 
 
+def test_a_detector_learns_from_slabs(ct: Path, tmp_path: Path):
+    run = run_training(detector_config(ct, tmp_path, clip__num_key_slices=9, loop__epochs=4, loop__steps_per_epoch=20))
+    assert open_checkpoint(run).metrics["sensitivity@1"] >= 0.5
+
+
 def test_a_classifier_learns_and_its_backbone_starts_a_detector(
     ct: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):

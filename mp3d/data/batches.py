@@ -11,11 +11,12 @@ from functools import lru_cache
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from torch.utils.data import DataLoader, Dataset
 
 from mp3d.config import AugmentConfig, ClipConfig
 from mp3d.data.augment import augment
-from mp3d.data.clips import resample_z, window_positions
+from mp3d.data.clips import resample_z, stored_slices, window_positions
 from mp3d.data.shard import Row, SeriesEntry, ShardSet, decode_image, decode_truth
 from mp3d.errors import DataError
 from mp3d.sample import Clip, Target
@@ -37,7 +38,10 @@ class SliceInfo:
 
 @dataclass(frozen=True)
 class Batch:
-    """Clips, and per key slice in clip order what is true of it and where it comes from."""
+    """Clips, and per key slice in clip order what is true of it and where it comes from.
+
+    Of a training clip with several key slices, ``infos`` names only the one that it was read for.
+    """
 
     clips: list[Clip]
     targets: list[Target]
@@ -61,7 +65,12 @@ class Place:
 
 
 class ClipDataset(Dataset):
-    """Key slices of one split with the slices around them."""
+    """Key slices of one split with the slices around them.
+
+    Args:
+        augmentation: for training. There the key slice has a random place among those of the clip that may be one, and
+            others of them that have boxes are key slices too. None: each clip has one, in the middle.
+    """
 
     def __init__(
         self,
@@ -79,31 +88,50 @@ class ClipDataset(Dataset):
 
     def __getitem__(self, place: Place) -> tuple[Clip, list[Target], SliceInfo]:
         sample = self.samples[place.sample]
-        clip, target, info = read_clip(self.shards, sample, self.clip)
-        targets = [target]
-        if self.augmentation is not None:
-            rng = np.random.default_rng([self.seed, place.position])
-            clip, targets = augment(clip, targets, self.augmentation, rng)
+        if self.augmentation is None:
+            return read_clip(self.shards, sample, self.clip)
+        rng = np.random.default_rng([self.seed, place.position])
+        key_place = self.clip.num_slices // 2 + int(rng.integers(self.clip.num_key_slices))
+        clip, targets, info = read_clip(self.shards, sample, self.clip, key_place)
+        clip, targets = augment(clip, targets, self.augmentation, rng)
         return clip, targets, info
 
 
-def read_clip(shards: ShardSet, sample: Sample, clip: ClipConfig) -> tuple[Clip, Target, SliceInfo]:
-    """One clip with its key slice in the middle, interpolated to the spacing of the clip."""
+def read_clip(
+    shards: ShardSet, sample: Sample, clip: ClipConfig, place: int | None = None
+) -> tuple[Clip, list[Target], SliceInfo]:
+    """One clip, interpolated to the spacing of the clip, with the truth of its key slices.
+
+    Args:
+        place: of the sample in the clip; every slice with boxes that may be a key slice then is one. None: the sample
+            is in the middle and the only one.
+    """
     entry = sample.entry
     if entry.spacing_mm is None:
         key = shards.read_rows(entry, sample.row, sample.row + 1)[0]
         planes = torch.from_numpy(decode_image(key).copy())
         if len(planes) != clip.num_slices:
             raise DataError(f"{shards.folder} holds pictures of {len(planes)} planes; clip.num_slices must be 3")
-        made = Clip(planes, (len(planes) // 2,))
-    else:
-        positions = window_positions(sample.row, entry.num_rows, entry.spacing_mm[0], clip)
-        first, last = int(np.floor(positions.min())), int(np.ceil(positions.max()))
-        rows = shards.read_rows(entry, first, last + 1)
-        key = rows[sample.row - first]
-        stack = np.stack([decode_image(row) for row in rows])
-        made = Clip(torch.from_numpy(resample_z(stack, positions - first)), (clip.num_slices // 2,))
-    return made, _target(key), SliceInfo(key["patient"], key["series"], key["z_index"], entry.spacing_mm)
+        return Clip(planes, (len(planes) // 2,)), [_target(key)], _info(key, entry)
+    positions = window_positions(sample.row, entry.num_rows, entry.spacing_mm[0], clip, place)
+    first, last = int(np.floor(positions.min())), int(np.ceil(positions.max()))
+    rows = shards.read_rows(entry, first, last + 1)
+    stack = np.stack([decode_image(row) for row in rows])
+    key_rows = {clip.depth // 2: sample.row} if place is None else _key_rows(entry, positions, clip, place)
+    made = Clip(torch.from_numpy(resample_z(stack, positions - first)), tuple(sorted(key_rows)))
+    targets = [_target(rows[key_rows[index] - first]) for index in made.key_slices]
+    return made, targets, _info(rows[sample.row - first], entry)
+
+
+def _key_rows(entry: SeriesEntry, positions: Float[np.ndarray, "d"], clip: ClipConfig, place: int) -> dict[int, int]:
+    """Index in the clip to row, for ``place`` and for all that have boxes and enough neighbours."""
+    radius = clip.num_slices // 2
+    with_boxes = set(entry.rows_with_boxes())
+    return {
+        index: row
+        for index, row in stored_slices(positions, place).items()
+        if index == place or (row in with_boxes and radius <= index < clip.depth - radius)
+    }
 
 
 def annotated_samples(shards: ShardSet, split: str, negatives: float = 0.0) -> tuple[list[Sample], list[Sample]]:
@@ -187,6 +215,10 @@ def _locally_shuffled(samples: list[Sample], rng: np.random.Generator) -> Iterat
     order = [list(groups.values())[i] for i in rng.permutation(len(groups))]
     for start in range(0, len(order), PICTURE_GROUPS_MIXED):
         yield rng.permutation(np.concatenate(order[start : start + PICTURE_GROUPS_MIXED]))
+
+
+def _info(row: Row, entry: SeriesEntry) -> SliceInfo:
+    return SliceInfo(row["patient"], row["series"], row["z_index"], entry.spacing_mm)
 
 
 def _target(row: Row) -> Target:

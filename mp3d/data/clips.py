@@ -17,10 +17,12 @@ from mp3d.config import ClipConfig
 
 BLOCK_ROWS = 64
 """Rows that are interpolated at a time: the three buffers, of 64 x 512 float32, stay in a core's cache."""
+SAME_SLICE = 0.01
+"""A clip's slice this near to a stored one, in slice numbers, is that slice: its truth holds."""
 
 
 def window_positions(
-    key: int, num_source: int, source_spacing_mm: float | None, clip: ClipConfig
+    key: int, num_source: int, source_spacing_mm: float | None, clip: ClipConfig, place: int | None = None
 ) -> Float[np.ndarray, "d"]:
     """Where the slices of the clip around a key slice lie, in (fractional) slice numbers of the series.
 
@@ -28,11 +30,28 @@ def window_positions(
         key: number of the key slice, 0..num_source-1.
         num_source: slices in the series.
         source_spacing_mm: their spacing; unused where ``clip.slice_spacing_mm`` is None.
+        place: of the key slice in the clip, from 0; None: the middle.
     """
-    offsets = (np.arange(clip.num_slices) - clip.num_slices // 2) * _step(source_spacing_mm, clip)
+    offsets = np.arange(clip.depth) - (clip.depth // 2 if place is None else place)
+    offsets = offsets * _step(source_spacing_mm, clip)
     if clip.interpolation == "authors":
         offsets = np.sign(offsets) * _authors_distances(np.abs(offsets), _step(source_spacing_mm, clip))
     return np.clip(key + offsets, 0, num_source - 1)
+
+
+def stored_slices(positions: Float[np.ndarray, "d"], near: int = 0) -> dict[int, int]:
+    """Which slices of a clip are stored ones and not interpolated: index in the clip to slice number.
+
+    Args:
+        positions: of the clip's slices, clamped at the ends of the series.
+        near: index; of the copies of an outermost slice only the one nearest to it counts.
+    """
+    nearest = {}
+    for index in sorted(range(len(positions)), key=lambda index: -abs(index - near)):
+        number = round(float(positions[index]))
+        if abs(positions[index] - number) <= SAME_SLICE:
+            nearest[number] = index
+    return {index: number for number, index in nearest.items()}
 
 
 def resample_z(slices: Int16[np.ndarray, "n h w"], positions: Float[np.ndarray, "d"]) -> Int16[np.ndarray, "d h w"]:
@@ -73,17 +92,20 @@ class SeriesGrid:
     Attributes:
         num_source: slices of the series.
         step: source slices per grid slice.
-        positions: ``(g,)`` fractional slice numbers of the grid slices, from 0 to at most ``num_source - 1``.
+        positions: ``(g,)`` fractional slice numbers of the grid slices, within 0 and ``num_source - 1``.
     """
 
     num_source: int
     step: float
     positions: Float[np.ndarray, "g"]
 
-    def window(self, index: int, num_slices: int) -> Float[np.ndarray, "d"]:
-        """Positions of the clip whose key slice is the grid slice ``index``; clamped at the ends of the series."""
-        offsets = np.arange(num_slices) - num_slices // 2
-        return np.clip(self.positions[index] + offsets * self.step, 0, self.num_source - 1)
+    def stretch(self, start: int, stop: int) -> Float[np.ndarray, "d"]:
+        """Positions of the grid slices ``start..stop-1``; beyond the ends of the series the outermost slice's."""
+        return np.clip(self.positions[0] + np.arange(start, stop) * self.step, 0, self.num_source - 1)
+
+    def index_of(self, source: int) -> int:
+        """The grid slice nearest to a source slice."""
+        return int(np.abs(self.positions - source).argmin())
 
     @property
     def nearest_source(self) -> np.ndarray:
@@ -91,12 +113,17 @@ class SeriesGrid:
         return np.minimum(np.floor(self.positions + 0.5).astype(int), self.num_source - 1)
 
 
-def series_grid(num_source: int, source_spacing_mm: float, clip: ClipConfig) -> SeriesGrid:
-    """Grid of the clip's spacing over a whole series, anchored at its first slice."""
+def series_grid(num_source: int, source_spacing_mm: float, clip: ClipConfig, through: int = 0) -> SeriesGrid:
+    """Grid of the clip's spacing over a whole series.
+
+    Args:
+        through: a source slice that is on the grid; the first one, unless it must be another.
+    """
     step = _step(source_spacing_mm, clip)
-    # a hair of tolerance, so that the last slice is not lost to rounding where the spacings divide evenly
-    count = int(np.floor((num_source - 1) / step + 1e-6)) + 1
-    return SeriesGrid(num_source, step, np.minimum(np.arange(count) * step, num_source - 1))
+    # a hair of tolerance, so that the first and last slice are not lost to rounding where the spacings divide evenly
+    before, behind = (int(np.floor(slices / step + 1e-6)) for slices in (through, num_source - 1 - through))
+    positions = through + np.arange(-before, behind + 1) * step
+    return SeriesGrid(num_source, step, np.clip(positions, 0, num_source - 1))
 
 
 def _authors_distances(distances: Float[np.ndarray, "d"], step: float) -> Float[np.ndarray, "d"]:

@@ -41,7 +41,7 @@ class KeySliceFPN(nn.Module):
 
     def __init__(self, backbone: FoldedResNet, taps: int, fpn_channels: int) -> None:
         super().__init__()
-        self.backbone = backbone
+        self.backbone, self.taps = backbone, taps
         self.group_transforms = nn.ModuleList(GroupTransform(channels, taps) for channels in backbone.out_channels)
         self.fpn = FeaturePyramidNetwork(backbone.out_channels, fpn_channels, extra_blocks=LastLevelMaxPool())
         self.out_channels = fpn_channels

@@ -11,8 +11,10 @@ Differs from the authors' config, as torchvision does:
 - RoIAlign is not shifted by half a pixel (``aligned=False``) and takes 2 x 2 samples per bin (theirs: one per cell).
 """
 
+from collections import OrderedDict
 from collections.abc import Sequence
 
+from jaxtyping import Float
 from torch import Tensor, nn
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.image_list import ImageList
@@ -24,7 +26,7 @@ from torchvision.ops.poolers import initLevelMapper
 from mp3d.config import ClipConfig, DetectionHead, ModelConfig
 from mp3d.models.anchors import build_anchor_generator
 from mp3d.models.backbone import KeySliceFPN, build_backbone
-from mp3d.models.transform import ClipTransform
+from mp3d.models.transform import ClipBatch, ClipTransform
 from mp3d.sample import Clip, Prediction, Target
 
 ROI_SIZE = 7
@@ -123,7 +125,15 @@ class LesionDetector(nn.Module):
         if targets is not None:
             self._check(clips, targets)
         batch, targets = self.transform(clips, targets, image_size)
-        features = self.backbone(batch.tensors, batch.key_slices)
+        return self.detect(self.backbone(batch.tensors, batch.key_slices), batch, targets)
+
+    def detect(
+        self,
+        features: OrderedDict[str, Float[Tensor, "k c _ _"]],
+        batch: ClipBatch,
+        targets: Sequence[Target] | None = None,
+    ) -> dict[str, Tensor] | list[Prediction]:
+        """The two-dimensional part, on the feature pyramids of the key slices of a batch."""
         images = ImageList(batch.tensors[:, 0], batch.per_key_slice(batch.image_sizes))
         proposals, rpn_losses = self.rpn(images, features, targets)
         predictions, roi_losses = self.roi_heads(features, proposals, images.image_sizes, targets)

@@ -1,7 +1,8 @@
 """Convolution, normalisation and pooling of a 3D network that runs folded into 2D.
 
 A **folded** tensor has shape ``(n*d, c, h, w)`` in channels-last memory: the slices of all clips, one after the other.
-Next to it travels ``depth``, the slices of one clip. Nothing here shrinks z. Three facts make it work without copies:
+Next to it travels ``z`` (:class:`AlongZ`), which knows how they hang together. Nothing here shrinks z. Three facts make
+it work without copies:
 
 - a 1 x k x k convolution is a 2D convolution of every slice;
 - the same memory read as ``(n, c, d, h*w)``, the *columns* of a clip, turns a 3 x 1 x 1 convolution into a 3 x 1 one;
@@ -13,7 +14,7 @@ shape of ``nn.Conv3d``, ``(out, in, kd, kh, kw)``, so that the authors' checkpoi
 
 from dataclasses import dataclass
 from math import gcd
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -35,6 +36,42 @@ class Norm:
 
     kind: NormKind
     num_groups: int = 32
+
+
+class AlongZ(Protocol):
+    """How the slices of a folded tensor hang together.
+
+    The same network runs over whole clips (:class:`WholeClips`) and over a series that comes in chunks
+    (:class:`mp3d.models.stream.SeriesStream`): whatever mixes slices, or joins branches that do, asks here.
+    """
+
+    @property
+    def depth(self) -> int:
+        """Slices of a clip."""
+        ...
+
+    def with_neighbours(self, x: Float[Tensor, "nd c h w"], reach: int) -> tuple[Float[Tensor, "_ c h w"], int, int]:
+        """What an operation over ``2 * reach + 1`` slices reads: the folded tensor, its slices per clip, and how many
+        slices of padding are still to be added on each side.
+        """
+        ...
+
+    def add(self, ahead: Float[Tensor, "_ c h w"], behind: Float[Tensor, "_ c h w"]) -> Float[Tensor, "_ c h w"]:
+        """The sum of two branches, of which ``behind`` went through more operations along z and is used up."""
+        ...
+
+
+@dataclass(frozen=True)
+class WholeClips:
+    """Clips that are there from the first slice to the last, each of ``depth`` slices."""
+
+    depth: int
+
+    def with_neighbours(self, x: Float[Tensor, "nd c h w"], reach: int) -> tuple[Float[Tensor, "nd c h w"], int, int]:
+        return x, self.depth, reach
+
+    def add(self, ahead: Float[Tensor, "nd c h w"], behind: Float[Tensor, "nd c h w"]) -> Float[Tensor, "nd c h w"]:
+        return ahead + behind
 
 
 def fold(x: Float[Tensor, "n c d h w"]) -> Float[Tensor, "n*d c h w"]:
@@ -60,13 +97,14 @@ def from_columns(x: Float[Tensor, "n c d hw"], height: int, width: int) -> Float
     return x.permute(0, 2, 3, 1).flatten(0, 1).unflatten(1, (height, width)).permute(0, 3, 1, 2)
 
 
-def max_pool(x: Float[Tensor, "nd c h w"], depth: int) -> Float[Tensor, "nd c h2 w2"]:
-    """3 x 3 x 3 max pooling with stride (1, 2, 2) and padding 1.
+def max_pool(x: Float[Tensor, "nd c h w"], z: AlongZ) -> Float[Tensor, "_ c h2 w2"]:
+    """3 x 3 x 3 max pooling with stride (1, 2, 2) and padding 1, of what a ReLU left.
 
-    The maximum is separable: first in the plane, then over z.
+    The maximum is separable: first in the plane, then over z. Where nothing is negative, padding with zeros is right.
     """
     x = F.max_pool2d(x, kernel_size=3, stride=2, padding=1)
-    columns = F.max_pool2d(to_columns(x, depth), kernel_size=(3, 1), stride=1, padding=(1, 0))
+    x, depth, padding = z.with_neighbours(x, reach=1)
+    columns = F.max_pool2d(to_columns(x, depth), kernel_size=(3, 1), stride=1, padding=(padding, 0))
     return from_columns(columns, *x.shape[2:])
 
 
@@ -80,7 +118,7 @@ class Conv(nn.Module):
         self.weight = nn.Parameter(torch.empty(out_channels, in_channels, *kernel))
         nn.init.xavier_uniform_(self.weight)
 
-    def forward(self, x: Float[Tensor, "nd c h w"], depth: int) -> Float[Tensor, "nd o h2 w2"]:
+    def forward(self, x: Float[Tensor, "nd c h w"], z: AlongZ) -> Float[Tensor, "_ o h2 w2"]:
         kd, kh, kw = self.kernel
         stride = self.stride
         if kh == kw == 1 and stride > 1:
@@ -89,11 +127,12 @@ class Conv(nn.Module):
             x, stride = x[:, :, ::stride, ::stride].contiguous(memory_format=torch.channels_last), 1
         if kd == 1:
             return F.conv2d(x, self.weight.squeeze(2), stride=stride, padding=(kh // 2, kw // 2))
+        x, depth, padding = z.with_neighbours(x, reach=kd // 2)
         if kh == kw == 1:
-            columns = F.conv2d(to_columns(x, depth), self.weight.squeeze(4), padding=(kd // 2, 0))
+            columns = F.conv2d(to_columns(x, depth), self.weight.squeeze(4), padding=(padding, 0))
             return from_columns(columns, *x.shape[2:])
-        padding = (kd // 2, kh // 2, kw // 2)
-        return fold(F.conv3d(unfold(x, depth), self.weight, stride=(1, stride, stride), padding=padding))
+        paddings = (padding, kh // 2, kw // 2)
+        return fold(F.conv3d(unfold(x, depth), self.weight, stride=(1, stride, stride), padding=paddings))
 
     def extra_repr(self) -> str:
         out_channels, in_channels = self.weight.shape[:2]
@@ -101,12 +140,10 @@ class Conv(nn.Module):
 
 
 class GroupNorm(nn.GroupNorm):
-    """Group norm in float32 at least: the bfloat16 kernel of the CPU is several times slower."""
+    """Group norm with float32 statistics that hands on the precision it was given; a GPU's autocast would not."""
 
     def forward(self, input: Tensor) -> Tensor:
-        if input.dtype in (torch.bfloat16, torch.float16):
-            return super().forward(input.float()).to(input.dtype)
-        return super().forward(input)
+        return super().forward(input).to(input.dtype)
 
 
 class FrozenBatchNorm(nn.BatchNorm2d):
@@ -139,8 +176,8 @@ class ConvNorm(nn.Module):
             case "frozen_bn":
                 self.norm = FrozenBatchNorm(out_channels)
 
-    def forward(self, x: Float[Tensor, "nd c h w"], depth: int) -> Float[Tensor, "nd o h2 w2"]:
-        x = self.conv(x, depth)
+    def forward(self, x: Float[Tensor, "nd c h w"], z: AlongZ) -> Float[Tensor, "_ o h2 w2"]:
+        x = self.conv(x, z)
         if self.over_clip:
-            return from_columns(self.norm(to_columns(x, depth)), *x.shape[2:])
+            return from_columns(self.norm(to_columns(x, z.depth)), *x.shape[2:])
         return self.norm(x)

@@ -9,8 +9,11 @@ from collections.abc import Sequence
 from math import sqrt
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
+
+from mp3d.models.folded import from_columns
 
 
 class GroupTransform(nn.Module):
@@ -39,22 +42,20 @@ class GroupTransform(nn.Module):
             ValueError: a key slice with fewer than ``taps // 2`` slices on a side.
         """
         self._check(key_slices, depth=x.shape[2])
-        band = (self.weight.flatten(1) @ self._placement(key_slices, x.shape[2])).transpose(1, 2)
-        maps = torch.matmul(band, x.flatten(3)).transpose(1, 2).unflatten(3, x.shape[3:])
-        most = maps.shape[1]
-        if all(len(keys) == most for keys in key_slices):
-            return maps.flatten(0, 1)
-        return torch.cat([clip_maps[: len(keys)] for clip_maps, keys in zip(maps, key_slices, strict=True)])
+        first = min(min(keys) for keys in key_slices)
+        last = max(max(keys) for keys in key_slices)
+        maps = self.slide(x[:, :, first - self.taps // 2 : last + self.taps // 2 + 1])
+        wanted = [clip * (last - first + 1) + key - first for clip, keys in enumerate(key_slices) for key in keys]
+        if wanted == list(range(len(maps))):
+            return maps
+        return maps.permute(0, 2, 3, 1)[wanted].permute(0, 3, 1, 2)
 
-    def _placement(self, key_slices: Sequence[Sequence[int]], depth: int) -> Float[Tensor, "n j t d"]:
-        """1 where tap t of a clip's j-th key slice reads slice d; clips with fewer key slices end in zeros."""
-        most = max(len(keys) for keys in key_slices)
-        placement = torch.zeros(len(key_slices), most, self.taps, depth)
-        for clip, keys in enumerate(key_slices):
-            for row, key in enumerate(keys):
-                first = key - self.taps // 2
-                placement[clip, row, :, first : first + self.taps].fill_diagonal_(1)
-        return placement.to(self.weight)
+    def slide(self, x: Float[Tensor, "n c d h w"]) -> Float[Tensor, "n*k c h w"]:
+        """A map for every slice but the first and last ``taps // 2`` of each clip, as a convolution of the columns: on
+        a CPU ten times faster than a product of matrices, which first has to bring the slices of a channel together.
+        """
+        maps = F.conv2d(x.flatten(3), self.weight.transpose(1, 2), groups=x.shape[1])
+        return from_columns(maps, *x.shape[3:])
 
     def _check(self, key_slices: Sequence[Sequence[int]], depth: int) -> None:
         if depth < self.taps:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from mp3d.models.folded import ConvNorm, Norm, NormKind
+from mp3d.models.folded import AlongZ, ConvNorm, Norm, NormKind
 from mp3d.models.resnet import FoldedResNet, Stem, base_channels, build_resnet, scaled_norm
 
 Depth = Literal["18ba", "34ba", "18", "63", "131"]
@@ -36,9 +36,9 @@ class UnitA(nn.Module):
         self.conv_s = ConvNorm(in_channels, channels, (1, 3, 3), stride, norm=norm)
         self.conv_t = ConvNorm(channels, channels, (3, 1, 1), norm=norm)
 
-    def forward(self, x: Float[Tensor, "nd c h w"], depth: int) -> Float[Tensor, "nd o h2 w2"]:
-        s = F.relu(self.conv_s(x, depth), inplace=True)
-        return F.relu(self.conv_t(s, depth), inplace=True)
+    def forward(self, x: Float[Tensor, "nd c h w"], z: AlongZ) -> Float[Tensor, "_ o h2 w2"]:
+        s = F.relu(self.conv_s(x, z), inplace=True)
+        return F.relu(self.conv_t(s, z), inplace=True)
 
 
 class UnitB(nn.Module):
@@ -49,8 +49,9 @@ class UnitB(nn.Module):
         self.conv_s = ConvNorm(in_channels, channels, (1, 3, 3), stride, norm=norm)
         self.conv_t = ConvNorm(in_channels, channels, (3, 1, 1), stride, norm=norm)
 
-    def forward(self, x: Float[Tensor, "nd c h w"], depth: int) -> Float[Tensor, "nd o h2 w2"]:
-        return F.relu(self.conv_s(x, depth), inplace=True) + F.relu(self.conv_t(x, depth), inplace=True)
+    def forward(self, x: Float[Tensor, "nd c h w"], z: AlongZ) -> Float[Tensor, "_ o h2 w2"]:
+        s = F.relu(self.conv_s(x, z), inplace=True)
+        return z.add(s, F.relu(self.conv_t(x, z), inplace=True))
 
 
 class UnitC(nn.Module):
@@ -61,9 +62,9 @@ class UnitC(nn.Module):
         self.conv_s = ConvNorm(in_channels, channels, (1, 3, 3), stride, norm=norm)
         self.conv_t = ConvNorm(channels, channels, (3, 1, 1), norm=norm)
 
-    def forward(self, x: Float[Tensor, "nd c h w"], depth: int) -> Float[Tensor, "nd o h2 w2"]:
-        s = F.relu(self.conv_s(x, depth), inplace=True)
-        return s + F.relu(self.conv_t(s, depth), inplace=True)
+    def forward(self, x: Float[Tensor, "nd c h w"], z: AlongZ) -> Float[Tensor, "_ o h2 w2"]:
+        s = F.relu(self.conv_s(x, z), inplace=True)
+        return z.add(s, F.relu(self.conv_t(s, z), inplace=True))
 
 
 UNITS = (UnitA, UnitB, UnitC)
@@ -84,10 +85,10 @@ class Bottleneck(nn.Module):
         if stride != 1 or in_channels != out_channels:
             self.shortcut = ConvNorm(in_channels, out_channels, (1, 1, 1), stride, norm=norm)
 
-    def forward(self, x: Float[Tensor, "nd c h w"], depth: int) -> Float[Tensor, "nd o h2 w2"]:
-        y = F.relu(self.reduce(x, depth), inplace=True)
-        y = self.expand(self.unit(y, depth), depth)
-        return F.relu(y + (x if self.shortcut is None else self.shortcut(x, depth)), inplace=True)
+    def forward(self, x: Float[Tensor, "nd c h w"], z: AlongZ) -> Float[Tensor, "_ o h2 w2"]:
+        y = F.relu(self.reduce(x, z), inplace=True)
+        y = self.expand(self.unit(y, z), z)
+        return F.relu(z.add(x if self.shortcut is None else self.shortcut(x, z), y), inplace=True)
 
 
 class BasicBlock(nn.Module):
@@ -103,9 +104,9 @@ class BasicBlock(nn.Module):
         if stride != 1 or in_channels != channels:
             self.shortcut = ConvNorm(in_channels, channels, (1, 1, 1), stride, norm=norm)
 
-    def forward(self, x: Float[Tensor, "nd c h w"], depth: int) -> Float[Tensor, "nd o h2 w2"]:
-        y = self.unit2(self.unit1(x, depth), depth)
-        return F.relu(y + (x if self.shortcut is None else self.shortcut(x, depth)), inplace=True)
+    def forward(self, x: Float[Tensor, "nd c h w"], z: AlongZ) -> Float[Tensor, "_ o h2 w2"]:
+        y = self.unit2(self.unit1(x, z), z)
+        return F.relu(z.add(x if self.shortcut is None else self.shortcut(x, z), y), inplace=True)
 
 
 def build_mp3d(depth: Depth, width: float = 1.0, norm: NormKind = "slice_gn") -> FoldedResNet:

@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from mp3d.errors import ConfigError
-from mp3d.models.folded import ConvNorm, Norm, NormKind, fold, max_pool, unfold
+from mp3d.models.folded import AlongZ, ConvNorm, Norm, NormKind, WholeClips, fold, max_pool, unfold
 
 STAGE_WIDTHS = (64, 128, 256, 512)
 """Middle channels of the four stages at width 1."""
@@ -21,10 +21,10 @@ class Stem(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList(layers)
 
-    def forward(self, x: Float[Tensor, "nd c h w"], depth: int) -> Float[Tensor, "nd o h4 w4"]:
+    def forward(self, x: Float[Tensor, "nd c h w"], z: AlongZ) -> Float[Tensor, "_ o h4 w4"]:
         for layer in self.layers:
-            x = F.relu(layer(x, depth), inplace=True)
-        return max_pool(x, depth)
+            x = F.relu(layer(x, z), inplace=True)
+        return max_pool(x, z)
 
 
 class FoldedResNet(nn.Module):
@@ -32,7 +32,7 @@ class FoldedResNet(nn.Module):
 
     Args:
         stem: from one channel to the first stage's input.
-        stages: the blocks of stage 1 to 4; a block is called as ``block(x, depth)`` on a folded tensor.
+        stages: the blocks of stage 1 to 4; a block is called as ``block(x, z)`` on a folded tensor.
         out_channels: channels of the four outputs.
     """
 
@@ -70,15 +70,18 @@ class FoldedResNet(nn.Module):
     def forward(self, x: Float[Tensor, "n 1 d h w"]) -> list[Float[Tensor, "n _ d _ _"]]:
         """The outputs of stage 1 to 4."""
         depth = x.shape[2]
-        x = fold(x)
+        return [unfold(features, depth) for features in self.run(fold(x), WholeClips(depth))]
+
+    def run(self, x: Float[Tensor, "nd 1 h w"], z: AlongZ) -> list[Float[Tensor, "_ _ _ _"]]:
+        """The same on folded tensors, whose slices hang together as ``z`` says."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.num_frozen_parts < 1):
-            x = self.stem(x, depth)
+            x = self.stem(x, z)
         outputs = []
         for number, blocks in enumerate(self.stages, start=1):
             with torch.set_grad_enabled(torch.is_grad_enabled() and self.num_frozen_parts < number + 1):
                 for block in blocks:
-                    x = block(x, depth)
-            outputs.append(unfold(x, depth))
+                    x = block(x, z)
+            outputs.append(x)
         return outputs
 
 

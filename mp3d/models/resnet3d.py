@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from mp3d.models.folded import Conv, ConvNorm, Norm, NormKind
+from mp3d.models.folded import AlongZ, Conv, ConvNorm, Norm, NormKind
 from mp3d.models.resnet import FoldedResNet, Stem, base_channels, build_resnet, scaled_norm
 
 StemKind = Literal["7x7x7", "v1c"]
@@ -29,9 +29,9 @@ class BasicBlock3D(nn.Module):
         if stride != 1 or in_channels != channels:
             self.shortcut = ConvNorm(in_channels, channels, (1, 1, 1), stride, norm=norm)
 
-    def forward(self, x: Float[Tensor, "nd c h w"], depth: int) -> Float[Tensor, "nd o h2 w2"]:
-        y = self.conv2(F.relu(self.conv1(x, depth), inplace=True), depth)
-        return F.relu(y + (x if self.shortcut is None else self.shortcut(x, depth)), inplace=True)
+    def forward(self, x: Float[Tensor, "nd c h w"], z: AlongZ) -> Float[Tensor, "_ o h2 w2"]:
+        y = self.conv2(F.relu(self.conv1(x, z), inplace=True), z)
+        return F.relu(z.add(x if self.shortcut is None else self.shortcut(x, z), y), inplace=True)
 
 
 def build_stem(kind: StemKind, out_channels: int, norm: Norm) -> Stem:

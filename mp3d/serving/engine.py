@@ -68,6 +68,7 @@ class Engine:
             spacing_mm=series.volume.spacing_mm,
             threshold=threshold,
             protocol=ProtocolOut(
+                mode=self.predictor.mode,
                 num_slices=self.predictor.clip.num_slices,
                 slice_spacing_mm=self.predictor.clip.slice_spacing_mm,
                 nms_iou=self.predictor.nms_iou,

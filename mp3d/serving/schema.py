@@ -80,10 +80,12 @@ class ModelOut(Out):
 class ProtocolOut(Out):
     """How the series was searched."""
 
-    mode: Literal["window"] = "window"
-    """One clip around every position of the z grid, predictions reported on the nearest slice."""
+    mode: Literal["window", "slab", "stream"]
+    """What the network reads at a time: a clip around every position of the z grid, a clip for several of them, or the
+    series as one clip. Predictions are reported on the nearest slice.
+    """
     num_slices: int
-    """Of a clip."""
+    """That a position is judged by."""
     slice_spacing_mm: float | None
     """Of the z grid; null: the series' own."""
     nms_iou: float
