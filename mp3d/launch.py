@@ -85,10 +85,12 @@ def run_training(config: TrainConfig) -> Path:
         ResourceError: the cluster cannot carry it.
         Mp3dError: whatever stops :func:`mp3d.train.train`.
     """
+    from mp3d.fitting import fit_to_data
     from mp3d.train import check_inputs
 
     run_dir = Path(config.launch.storage_path) / config.name
     check_inputs(config)
+    config = fit_to_data(config)
     if config.launch.runner == "local":
         _train_here(config, claim(run_dir, config))
     else:

@@ -56,6 +56,8 @@ def test_a_sweep_shows_its_space(capsys: pytest.CaptureFixture[str]):
     assert sweep.main(["synthetic_finetune", "--num-trials", "4", "--base.loop.epochs", "2", "--dry-run"]) == 0
     said = capsys.readouterr().out
     assert "anchor ratios" in said
+    assert "given, fit" in said
+    assert "anchors fitted to the shards" in said
     assert "2 epochs" in said
 
 

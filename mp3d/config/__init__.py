@@ -253,7 +253,9 @@ class SweepConfig(Config):
     lr: tuple[PositiveFloat, PositiveFloat] = (1e-3, 1e-1)
     """Bounds of the learning rate, drawn evenly on a log scale."""
     anchor_ratios: tuple[tuple[PositiveFloat, ...], ...] = ((0.5, 1.0, 2.0), (0.7, 1.0, 1.4), (1.0,))
-    """Sets of ratios to choose from."""
+    """Sets of ratios to choose from; a fit starts from them."""
+    anchors: tuple[Literal["given", "fit"], ...] = ("given", "fit")
+    """Whether sizes and ratios are taken as they are, or fitted to the training boxes."""
     frozen_stages: tuple[Annotated[int, Field(ge=-1, le=4)], ...] = (-1, 0, 1)
     grace_epochs: PositiveInt = 1
     """Epochs that every trial may run before it can be stopped."""

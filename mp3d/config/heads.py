@@ -21,6 +21,10 @@ class DetectionHead(Config):
     """Square root of the anchor area, one tuple for each of the five levels P2..P6."""
     anchor_ratios: tuple[PositiveFloat, ...] = (0.5, 1.0, 2.0)
     """Height over width."""
+    anchors: Literal["given", "fit"] = "given"
+    """given: the sizes and ratios that stand here; fit: as many, fitted to the boxes of the training split before the
+    run starts, which then holds the fitted ones as given.
+    """
     rpn_positive_iou: Fraction = 0.7
     rpn_negative_iou: Fraction = 0.3
     rpn_samples: PositiveInt = 256

@@ -32,7 +32,8 @@ def window_positions(
         source_spacing_mm: their spacing; unused where ``clip.slice_spacing_mm`` is None.
         place: of the key slice in the clip, from 0; None: the middle.
     """
-    offsets = (np.arange(clip.depth) - (clip.depth // 2 if place is None else place)) * _step(source_spacing_mm, clip)
+    offsets = np.arange(clip.depth) - (clip.depth // 2 if place is None else place)
+    offsets = offsets * _step(source_spacing_mm, clip)
     if clip.interpolation == "authors":
         offsets = np.sign(offsets) * _authors_distances(np.abs(offsets), _step(source_spacing_mm, clip))
     return np.clip(key + offsets, 0, num_source - 1)

@@ -98,7 +98,7 @@ def prepare(
     parts = _parts(source, splits, out, id_key, items_per_part)
     rule = {"items_per_part": items_per_part, "split_fractions": list(split_fractions), "split_seed": split_seed}
     plan = make_plan(source, id_key, rule)
-    with _room_on_disk(out), claim(out, plan):
+    with room_on_disk(out), claim(out, plan):
         reports = {part.index: report for part in parts if (report := finished(part))}
         if retry_rejects:
             reports = {index: report for index, report in reports.items() if not report.rejects}
@@ -122,7 +122,7 @@ def prepare(
             )
         _check_patients(entries)
         content = {
-            **{name: value for name, value in plan.items() if name not in ("id_key", "items")},
+            **{name: value for name, value in plan.items() if name != "items"},
             "notes": list(source.notes),
             "official_splits": sum(item.split is not None for item in source.items),
             "counts": _count(entries),
@@ -144,7 +144,7 @@ def prepare(
 
 
 @contextmanager
-def _room_on_disk(out: Path) -> Iterator[None]:
+def room_on_disk(out: Path) -> Iterator[None]:
     """Every file is written aside and then renamed, so a full disk leaves whole files or none."""
     try:
         yield

@@ -15,6 +15,7 @@ a CRC of its own (:func:`row_is_intact`).
 """
 
 from mp3d.data.shard.aside import ASIDE_PATTERN, is_disk_full, json_text, write_aside
+from mp3d.data.shard.columns import read_columns
 from mp3d.data.shard.manifest import (
     FORMAT_VERSION,
     MANIFEST,
@@ -60,6 +61,7 @@ __all__ = [
     "manifest_text",
     "open_shards",
     "picture_rows",
+    "read_columns",
     "row_is_intact",
     "series_rows",
     "write_aside",
