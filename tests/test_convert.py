@@ -32,11 +32,13 @@ def plan(shapes, **changes):
 def test_a_detector_of_the_authors_moves_whole(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
-    """MP3D from COCO: half precision, wrapped, two prefixes, all parts of a Faster R-CNN, and one that we have not."""
+    """MP3D from COCO, as old as it is: half precision, wrapped, two prefixes, all parts of a Faster R-CNN, and one that
+    we have not.
+    """
     monkeypatch.setattr("mp3d.convert.VALUES_AT_ONCE", 100_000)
     backbone = made_state({f"backbone.{key}": shape for key, shape in MP3D18BA.items()}, torch.float16)
     heads = made_state(FASTER_RCNN | {"mask_head.conv.weight": (3, 3)}, torch.float16)
-    file = save(wrapped(backbone | heads, prefix="module."), tmp_path / "mp3d.pth")
+    file = save(wrapped(backbone | heads, prefix="module."), tmp_path / "mp3d.pth", old=True)
     assert main([str(file), "--out", str(tmp_path / "out")]) == 0
     said = capsys.readouterr().out
     assert "re-initialised 0, unused 1 of the source" in said
@@ -190,6 +192,8 @@ def test_code_in_a_file_is_not_run(tmp_path: Path, capsys: pytest.CaptureFixture
     marker = tmp_path / "ran"
     file = save(wrapped(made_state({"conv1.weight": (2, 2)})) | {"hook": Exploit(marker)}, tmp_path / "hostile.pth")
     assert main([str(file), "--out", str(tmp_path / "out")]) == 3
+    with pytest.raises(Refusal, match="beside tensors, which is not opened"):
+        released_worker.list_tensors(save({"hook": Exploit(marker)}, tmp_path / "old.pth", old=True))
     error = capsys.readouterr().err
     assert error.startswith(f"error: {file} cannot be read: it holds ")
     assert "which is not opened" in error
