@@ -46,6 +46,7 @@ def wrapped(state: Mapping[str, Tensor], prefix: str = "") -> dict[str, Any]:
     }
 
 
-def save(content: Any, path: Path) -> Path:
-    torch.save(content, path)
+def save(content: Any, path: Path, old: bool = False) -> Path:
+    """In the format of today, or of torch before 1.6, which the authors had."""
+    torch.save(content, path, _use_new_zipfile_serialization=not old)
     return path

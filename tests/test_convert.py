@@ -8,9 +8,10 @@ import torch
 
 from mp3d import released_worker
 from mp3d.checkpoint import open_checkpoint
-from mp3d.config import ClipConfig
+from mp3d.config import ClipConfig, EvaluateConfig
 from mp3d.convert import ConvertConfig, convert, main, plan_conversion
 from mp3d.errors import CheckpointError, ConfigError, Refusal
+from mp3d.evaluation import KeySlicePredictor
 from mp3d.launch import run_training
 from mp3d.models import build_model
 from mp3d.models.released import authors_shapes, our_name
@@ -28,11 +29,16 @@ def plan(shapes, **changes):
     return plan_conversion(shapes, ConvertConfig(out="unused", **changes))
 
 
-def test_a_detector_of_the_authors_moves_whole(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    """MP3D from COCO: half precision, wrapped, two prefixes, all parts of a Faster R-CNN, and one that we have not."""
+def test_a_detector_of_the_authors_moves_whole(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    """MP3D from COCO, as old as it is: half precision, wrapped, two prefixes, all parts of a Faster R-CNN, and one that
+    we have not.
+    """
+    monkeypatch.setattr("mp3d.convert.VALUES_AT_ONCE", 100_000)
     backbone = made_state({f"backbone.{key}": shape for key, shape in MP3D18BA.items()}, torch.float16)
     heads = made_state(FASTER_RCNN | {"mask_head.conv.weight": (3, 3)}, torch.float16)
-    file = save(wrapped(backbone | heads, prefix="module."), tmp_path / "mp3d.pth")
+    file = save(wrapped(backbone | heads, prefix="module."), tmp_path / "mp3d.pth", old=True)
     assert main([str(file), "--out", str(tmp_path / "out")]) == 0
     said = capsys.readouterr().out
     assert "re-initialised 0, unused 1 of the source" in said
@@ -72,12 +78,13 @@ def test_a_bare_backbone_is_trained_from_but_not_used(tmp_path: Path, capsys: py
     assert all(".fpn." in item.key for item in report.reinitialised if item.key.startswith("backbone"))
     checkpoint = open_checkpoint(out)
     assert (checkpoint.config.model.to_2d, checkpoint.config.clip) == ("group", ClipConfig())
-    with pytest.raises(
-        CheckpointError, match="were not among them, the first backbone.fpn.inner_blocks.0.0.weight; tra"
-    ):
-        Predictor.open(out)
-
     shards = ct_shards(tmp_path / "shards", patients=4)
+    message = "were not among them, the first backbone.fpn.inner_blocks.0.0.weight; train from it"
+    with pytest.raises(CheckpointError, match=message):
+        Predictor.open(out)
+    with pytest.raises(CheckpointError, match=message):
+        KeySlicePredictor(EvaluateConfig(checkpoint=str(out), shards=str(shards), out="unused"))
+
     changes = {"model__width": 1.0, "loop__epochs": 1, "loop__steps_per_epoch": 1, "optim__lr": 1e-9}
     run = run_training(detector_config(shards, tmp_path, init_from=str(out), **changes))
     capsys.readouterr()
@@ -185,6 +192,8 @@ def test_code_in_a_file_is_not_run(tmp_path: Path, capsys: pytest.CaptureFixture
     marker = tmp_path / "ran"
     file = save(wrapped(made_state({"conv1.weight": (2, 2)})) | {"hook": Exploit(marker)}, tmp_path / "hostile.pth")
     assert main([str(file), "--out", str(tmp_path / "out")]) == 3
+    with pytest.raises(Refusal, match="beside tensors, which is not opened"):
+        released_worker.list_tensors(save({"hook": Exploit(marker)}, tmp_path / "old.pth", old=True))
     error = capsys.readouterr().err
     assert error.startswith(f"error: {file} cannot be read: it holds ")
     assert "which is not opened" in error

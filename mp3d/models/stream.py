@@ -29,8 +29,8 @@ from mp3d.sample import Clip, Prediction
 Item = TypeVar("Item")
 
 ONE_SLICE_OF_A_WINDOW = (
-    "a P3D or 2D backbone answers for the middle slice of a window only, so that a series cannot be streamed: infer in "
-    "mode window, or train a backbone that keeps z"
+    "a backbone that does not keep z (a P3D, a 2D one, isotropic strides) answers for the middle slice of a window, so "
+    "that a series cannot be streamed: infer in mode window, or train a backbone that keeps z"
 )
 MIXES_SLICES = (
     "model.norm is gn3d, which takes its statistics over all slices of a clip, so that a series cannot be streamed: "
@@ -100,8 +100,10 @@ def stream_backbone(
     Together they equal ``backbone(the whole series)``.
 
     Raises:
-        ConfigError: the norm is ``gn3d``.
+        ConfigError: the norm is ``gn3d``, or the backbone does not keep z.
     """
+    if not backbone.keeps_z:
+        raise ConfigError(ONE_SLICE_OF_A_WINDOW)
     z = SeriesStream()
     for x, is_first, is_last in _with_ends(chunks):
         z.next_pass(is_first, is_last)
