@@ -159,6 +159,18 @@ class CasePredictor:
         return SegmentedCase(entry.patient, entry.series, _counts(predicted, true, number), tuple(distances))
 
 
+def case_scores(cases: Sequence[Case], choose_on: Sequence[Case] | None = None) -> dict[str, float]:
+    """:func:`classification_scores` or :func:`segmentation_scores`.
+
+    Raises:
+        DataError: no case, or as they say.
+    """
+    classified, others = ([case for case in of or () if isinstance(case, ClassifiedCase)] for of in (cases, choose_on))
+    if classified:
+        return classification_scores(classified, None if choose_on is None else others)
+    return segmentation_scores([case for case in cases if isinstance(case, SegmentedCase)])
+
+
 def classification_scores(
     cases: Sequence[ClassifiedCase], choose_on: Sequence[ClassifiedCase] | None = None
 ) -> dict[str, float]:
@@ -170,10 +182,8 @@ def classification_scores(
             on the very cases that are judged, which flatters.
 
     Raises:
-        DataError: no case, a label that is no class, or two classes of which one has no case.
+        DataError: a label that is no class, or two classes of which one has no case.
     """
-    if not cases:
-        raise DataError("there is no case to judge; the split is empty")
     logits, labels = _columns(cases)
     scores = {"top1": top_k_accuracy(logits, labels)}
     if logits.shape[1] > 5:
