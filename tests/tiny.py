@@ -42,14 +42,14 @@ def blob_series(index: int, *, size: int = 32, num_slices: int = 11, spacing_mm:
 
 
 def ball_series(index: int, *, label: int | None = None, size: int = 26, num_slices: int = 14) -> CTSeries:
-    """Noise with a ball that a mask marks as class 1: bright, of label 0 less so; 2 mm slices, 1 mm pixels."""
+    """Noise with a bright ball that a mask marks as class 1, small if of label 0; 2 mm slices, 1 mm pixels."""
     rng = np.random.default_rng([index, 7])
     hu = rng.normal(0, 20, (num_slices, size, size)).astype(np.int16)
     centre = np.array([num_slices, size, size]) / 2 + rng.uniform(-2, 2, 3)
     z, y, x = np.ogrid[:num_slices, :size, :size]
     radius = np.sqrt(((z - centre[0]) * 2) ** 2 + (y - centre[1]) ** 2 + (x - centre[2]) ** 2)
-    ball = radius <= rng.uniform(6, 8)
-    hu[ball] += BRIGHT_HU // 3 if label == 0 else BRIGHT_HU
+    ball = radius <= rng.uniform(6, 8) / (2 if label == 0 else 1)
+    hu[ball] += BRIGHT_HU
     truths = tuple(Truth(mask=plane.astype(np.uint8)) for plane in ball)
     volume = Volume(hu, np.diag([1.0, 1.0, 2.0, 1.0]))
     return CTSeries(f"patient {index}", f"study {index}", f"series {index}", volume, truths, image_label=label)
@@ -114,7 +114,7 @@ def ball_shards(out: Path, *, classified: bool = False, per_split: int = 4) -> P
         for number, split in enumerate(("train", "val", "test"))
         for i in range(per_split)
     ]  # fmt: skip
-    classes = ("dim", "bright") if classified else ("ball",)
+    classes = ("small", "large") if classified else ("ball",)
     prepare(Source("balls", "tiny/1", classes, tuple(items)), out, id_key=ID_KEY, runner="local")
     return out
 
