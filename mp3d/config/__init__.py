@@ -195,8 +195,11 @@ class TrainConfig(Config):
             raise ValueError("of a CT a segmenter reads blocks; set clip.block to centre or anywhere")
         if augment.quarter_turns and self.clip.num_slices != self.clip.image_size:
             raise ValueError("augment.quarter_turns needs equal sides: set clip.num_slices to clip.image_size")
-        if augment.crop_scale is not None and kind == "detection":
-            raise ValueError("boxes do not follow a random crop; leave augment.crop_scale unset for a detector")
+        cropped = augment.crop_scale is not None or self.clip.square_pictures
+        if cropped and kind == "detection":
+            raise ValueError("boxes do not follow a crop; leave augment.crop_scale and clip.square_pictures unset")
+        if self.clip.square_pictures and augment.crop_scale is None:
+            raise ValueError("clip.square_pictures needs augment.crop_scale: which part is cut out in training")
         return self
 
     def identity(self) -> dict[str, Any]:

@@ -37,6 +37,10 @@ class ClipConfig(Config):
     in the middle of each stored series, as of the cubes around nodules; or any, as of an organ. Beyond the series is
     air.
     """
+    square_pictures: bool = False
+    """Colour pictures are cut square, as ImageNet's are judged: in training by ``augment.crop_scale``, in evaluation the
+    middle, ``image_size`` of a shorter side of 8/7 of it (224 of 256). Else they stay whole.
+    """
     pixel_spacing_mm: PositiveFloat | None = None
     """Spacing of a block's rows and columns; None takes the pixels as they are stored."""
 
@@ -53,6 +57,8 @@ class ClipConfig(Config):
             raise ValueError(f"window_hu is {self.window_hu}; the lower bound comes first")
         if self.block is not None and (self.num_key_slices > 1 or self.interpolation != "exact"):
             raise ValueError("a block has no window slid over it; set num_key_slices to 1 and interpolation to exact")
+        if self.square_pictures and self.slice_spacing_mm is not None:
+            raise ValueError("square_pictures is for colour pictures, which have no slice_spacing_mm")
         if self.block is None and self.pixel_spacing_mm is not None:
             raise ValueError("whole slices are brought to image_size; pixel_spacing_mm is for blocks")
         return self

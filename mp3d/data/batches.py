@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch.utils.data import DataLoader, Dataset
 
 from mp3d.config import AugmentConfig, ClipConfig
-from mp3d.data.augment import augment
+from mp3d.data.augment import augment, middle_square
 from mp3d.data.blocks import Placement, draw_placement, read_block, turned
 from mp3d.data.clips import resample_z, stored_slices, window_positions
 from mp3d.data.samples import Sample
@@ -92,10 +92,14 @@ class ClipDataset(Dataset):
             return self._block(sample, rng)
         if self.augmentation is None or rng is None:
             clip, targets, info = read_clip(self.shards, sample, self.clip)
+            if self.clip.square_pictures:
+                planes, targets = middle_square(clip.slices, targets, self.clip.image_size)
+                clip = Clip(planes, clip.key_slices)
             return clip, targets, [info]
         key_place = self.clip.num_slices // 2 + int(rng.integers(self.clip.num_key_slices))
         clip, targets, info = read_clip(self.shards, sample, self.clip, key_place)
-        clip, targets = augment(clip, targets, self.augmentation, rng)
+        square = self.clip.image_size if self.clip.square_pictures else None
+        clip, targets = augment(clip, targets, self.augmentation, rng, square)
         return clip, targets, [info]
 
     def _block(self, sample: Sample, rng: np.random.Generator | None) -> tuple[Clip, list[Target], list[SliceInfo]]:
