@@ -38,8 +38,8 @@ class ClipConfig(Config):
     air.
     """
     square_pictures: bool = False
-    """Colour pictures are cut square, as ImageNet's are judged: in training by ``augment.crop_scale``, in evaluation the
-    middle, ``image_size`` of a shorter side of 8/7 of it (224 of 256). Else they stay whole.
+    """Colour pictures are cut square, as ImageNet's are: in training by ``augment.crop_scale``; in evaluation the middle
+    of ``image_size``, of a shorter side of 8/7 of it (224 of 256). Else they stay whole.
     """
     pixel_spacing_mm: PositiveFloat | None = None
     """Spacing of a block's rows and columns; None takes the pixels as they are stored."""

@@ -9,7 +9,6 @@ from torchvision.transforms.v2 import functional as F
 from mp3d.config import AugmentConfig
 from mp3d.sample import Clip, Target
 
-
 SHORTER_SIDE = 8 / 7
 """Of a picture over that of the square in its middle: 256 over 224."""
 
