@@ -10,12 +10,14 @@ import pytest
 from jobs import evaluate
 from mp3d.checkpoint import open_checkpoint
 from mp3d.config import AugmentConfig, ClassificationHead, EvaluateConfig, SegmentationHead
+from mp3d.data.shard import open_shards
 from mp3d.errors import CheckpointError, ConfigError, DataError
 from mp3d.evaluation import (
     ClassifiedCase,
     SegmentedCase,
     as_row,
     case_from_row,
+    case_samples,
     case_scores,
     classification_scores,
     segmentation_scores,
@@ -125,6 +127,24 @@ def test_the_plan_of_an_evaluation(nodules: Path, tmp_path: Path, capsys: pytest
         evaluate.evaluate(config.override({"ablations": True}), dry_run=True)
     with pytest.raises(CheckpointError, match="finds no lesions"):
         Predictor.open(run)
+
+
+@pytest.mark.parametrize("head", [ClassificationHead(num_classes=2), SegmentationHead()])
+def test_an_actor_answers_as_this_process_does(
+    balls: Path, nodules: Path, tmp_path: Path, head: ClassificationHead | SegmentationHead
+):
+    shards = nodules if head.kind == "classification" else balls
+    run = run_training(ball_config(shards, tmp_path, head, loop__epochs=1, loop__steps_per_epoch=1))
+    config = EvaluateConfig(
+        checkpoint=str(run), shards=str(shards), out=str(tmp_path), runner="local", max_clips=2, batch_size=1
+    )
+    samples = case_samples(config, open_checkpoint(run).config.model, open_shards(shards), "test")
+    assert len(samples) == 2
+    expected = evaluate.cases_here(config, {"test": samples})["test"]
+    actor = evaluate.CaseActor(config.model_dump())
+    rows = [row for start in (0, 1) for row in actor({"split": "test", "start": start, "stop": start + 1})]
+    assert [row.pop("split") for row in rows] == ["test"] * 2
+    assert [case_from_row(row) for row in rows] == expected
 
 
 @pytest.mark.parametrize(
