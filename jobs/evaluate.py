@@ -49,7 +49,7 @@ def evaluate(config: EvaluateConfig, *, dry_run: bool) -> int:
     samples = key_slice_samples(config, shards)
     variants: list[Variant] = ["trained"]
     if config.streamed:
-        check_streamable(checkpoint.config.model.norm)
+        check_streamable(checkpoint.config.model)
         variants.append("streamed")
     if config.ablations:
         variants += ABLATIONS

@@ -7,6 +7,7 @@
     metrics.json           epoch, score and the metrics of that epoch
     manifest.json          written last: format version and the SHA-256 of every other file
     streaming.json         by an evaluation, later: what streaming whole series through it costs
+    transfer.json          of weights that were released elsewhere: what became of each
 
 No manifest, no checkpoint. A *run* is a directory of checkpoints (``epoch_0001`` ...); wherever a checkpoint is asked
 for, a run will do and stands for its best.
@@ -34,6 +35,7 @@ FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 KIND = "mp3d-checkpoint"
 STREAMING = "streaming.json"
+TRANSFER = "transfer.json"
 MAX_STREAMING_LOSS = 0.005
 """Mean sensitivity, half a point: a checkpoint that loses more is not streamed unless asked to."""
 
@@ -61,6 +63,17 @@ class Checkpoint:
 
     def model_state(self) -> dict[str, Tensor]:
         return load_file(self.path / "model.safetensors")
+
+    def check_trained(self) -> None:
+        """Raises: CheckpointError where parts of a model of released weights are as they were drawn."""
+        if not (self.path / TRANSFER).exists():
+            return
+        drawn = json.loads((self.path / TRANSFER).read_text())["reinitialised"]
+        if untrained := [item for item in drawn if not item["key"].endswith("num_batches_tracked")]:
+            raise CheckpointError(
+                f"{self.path} was converted from released weights, and {len(untrained)} tensors of its model were not "
+                f"among them, the first {untrained[0]['key']}; train from it (--init-from) before it is judged or used"
+            )
 
     def may_be_streamed(self) -> bool:
         """Whether an evaluation of this very checkpoint found that streaming costs at most ``MAX_STREAMING_LOSS``."""

@@ -6,6 +6,7 @@ again at each door. Configs hold plain data. Field names carry their unit; the d
 unless the docstring says otherwise.
 """
 
+from math import prod
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
@@ -22,7 +23,13 @@ from pydantic import (
 from mp3d.errors import ConfigError
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
-BackboneName = Literal["mp3d63", "mp3d18ba", "resnet3d18", "resnet3d18_v1c"]
+BackboneName = Literal[
+    "mp3d18", "mp3d18ba", "mp3d34ba", "mp3d63", "mp3d131",
+    "p3d18", "p3d18ba", "p3d34ba", "p3d63", "p3d131",
+    "resnet3d18", "resnet3d18_v1c", "resnet3d34", "resnet3d34_v1c", "resnet3d50", "resnet3d50_v1c",
+    "resnet2d18", "resnet2d34", "resnet2d50",
+]  # fmt: skip
+"""MP3D keeps z; P3D pools it away; 3D ResNets have a 7 x 7 x 7 stem or V1c's; 2D ones read 3 slices as colours."""
 
 
 class Config(BaseModel):
@@ -146,8 +153,37 @@ class ClassificationHead(Config):
     label_smoothing: Fraction = 0.1
 
 
+class StrideConfig(Config):
+    """Where a 3D ResNet halves its features; the defaults are those of pre-training and detection.
+
+    The authors' nodule classifier is isotropic; their liver network also has stem 1; their nodule segmentation
+    (``ResNet3DNoStemStride``) also has no pool, and stages (1, 2, 1, 2).
+    """
+
+    stem: Literal[1, 2] = 2
+    """Of the stem's first convolution."""
+    pool: Literal["3x3x3", "1x3x3", "none"] = "3x3x3"
+    """The stem's max pool, of stride 2; 1x3x3 keeps slices apart, as inflated 2D networks have it (I3D)."""
+    stages: tuple[Literal[1, 2], Literal[1, 2], Literal[1, 2], Literal[1, 2]] = (1, 2, 2, 2)
+    """Of the first block of each stage."""
+    isotropic: bool = False
+    """Strides hold along z too (``depth_stride=True``); else z is kept."""
+
+    @property
+    def of_outputs(self) -> tuple[int, ...]:
+        """Strides in the plane, from the input to the end of each stage."""
+        behind_stem = self.stem * (1 if self.pool == "none" else 2)
+        return tuple(behind_stem * prod(self.stages[: stage + 1]) for stage in range(len(self.stages)))
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.isotropic and self.pool == "1x3x3":
+            raise ValueError("isotropic strides halve z in the pool too; take pool 3x3x3 or none")
+        return self
+
+
 class ModelConfig(Config):
-    """A 3D backbone that never shrinks z, and what sits on it."""
+    """A backbone, and what sits on it."""
 
     backbone: BackboneName = "mp3d63"
     width: PositiveFloat = 1.0
@@ -156,9 +192,33 @@ class ModelConfig(Config):
     """Group norm with statistics per slice (ours), over the whole clip (the published one), batch norm, or batch norm
     held fixed.
     """
+    strides: StrideConfig = StrideConfig()
+    """Of a 3D ResNet; in MP3D only the pool can be chosen."""
+    to_2d: Literal["group", "dense", "centre"] | None = None
+    """How the slices around a key slice become one map: a weight per channel and slice (the group transform), a full
+    convolution over them, or the key slice alone. None: group where a backbone keeps z, else centre, the only choice.
+    """
     frozen_stages: Annotated[int, Field(ge=-1, le=4)] = -1
     """-1 trains everything, 0 freezes the stem, k also stages 1..k (the authors' counting)."""
     head: Annotated[DetectionHead | ClassificationHead, Field(discriminator="kind")] = DetectionHead()
+
+    @property
+    def keeps_z(self) -> bool:
+        """Every slice has features of its own, to the end."""
+        return not self.backbone.startswith(("p3d", "resnet2d")) and not self.strides.isotropic
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        chosen = self.strides.model_copy(update={"pool": "3x3x3"}) != StrideConfig()
+        if chosen and not self.backbone.startswith("resnet3d"):
+            raise ValueError(f"{self.backbone} has the strides of its paper; choose strides for a resnet3d only")
+        if self.strides.pool != "3x3x3" and self.backbone.startswith(("p3d", "resnet2d")):
+            raise ValueError(f"{self.backbone} has a pool of its own; leave strides.pool alone")
+        if self.head.kind == "detection" and (self.strides.isotropic or self.strides.of_outputs != (4, 8, 16, 32)):
+            raise ValueError("a detector needs strides of 4, 8, 16, 32 and every slice; leave strides alone")
+        if self.to_2d in ("group", "dense") and not self.keeps_z:
+            raise ValueError(f"{self.backbone} leaves no slices to weight; leave to_2d unset, or centre")
+        return self
 
 
 class OptimConfig(Config):
@@ -273,8 +333,8 @@ class ServeConfig(Config):
     gpus_per_replica: NonNegativeFloat = 0.0
     max_upload_mb: PositiveInt = 1024
     """Largest request body."""
-    max_unpacked_mb: PositiveInt = 4096
-    """Largest sum of the files in the zip."""
+    max_unpacked_mb: PositiveInt = 2048
+    """Largest sum of the files in the zip, and of the volume that they decode to."""
     max_slices: PositiveInt = 2000
     """Most files in the zip."""
     tilt: Literal["refuse", "shear"] = "refuse"

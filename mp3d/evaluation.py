@@ -204,7 +204,7 @@ class KeySlicePredictor:
                 f"{checkpoint.path} has a {checkpoint.config.model.head.kind} head; jobs/evaluate.py judges detectors"
             )
         if variant == "streamed":
-            check_streamable(checkpoint.config.model.norm)
+            check_streamable(checkpoint.config.model)
         self.variant, self.batch_size = variant, config.batch_size
         self.clip = checkpoint.config.clip
         self.shards = open_shards(config.shards)
@@ -213,6 +213,7 @@ class KeySlicePredictor:
         torch.manual_seed(checkpoint.config.loop.seed)
         self.model = build_model(checkpoint.config.model, self.clip).to(self.device)
         if variant != "without training":
+            checkpoint.check_trained()
             self.model.load_state_dict(checkpoint.model_state())
 
     def __call__(self, samples: list[Sample]) -> list[KeySliceResult]:

@@ -109,11 +109,12 @@ class Predictor:
         """
         if not isinstance(checkpoint, Checkpoint):
             checkpoint = open_checkpoint(checkpoint)
+        checkpoint.check_trained()
         head = detection_head(checkpoint)
         if mode == "auto":
             mode = best_mode(checkpoint)
         elif mode == "stream":
-            check_streamable(checkpoint.config.model.norm)
+            check_streamable(checkpoint.config.model)
         place = pick_device(device)
         model = build_model(checkpoint.config.model, checkpoint.config.clip)
         try:

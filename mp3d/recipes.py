@@ -200,6 +200,38 @@ def deeplesion_mp3d18ba() -> TrainConfig:
     return deeplesion_mp3d63().override({"name": "deeplesion_mp3d18ba", "model.backbone": "mp3d18ba"})
 
 
+def deeplesion_p3d18ba_paper() -> TrainConfig:
+    """VDT on DeepLesion as its authors released it, with the backbone that pools z away (CSPR
+    ``faster_rcnn_p3d18ba_3dpfn9_as16_minms512_lesion_zflip_freeze0_fp16_optrange_fromcoco_2x.py``).
+
+    python jobs/finetune.py deeplesion_p3d18ba_paper --shards /data/deeplesion --init-from /runs/mp3d18ba_coco
+    """
+    return deeplesion_mp3d63_paper().override(
+        {
+            "name": "deeplesion_p3d18ba_paper",
+            "model.backbone": "p3d18ba",
+            "augment.image_sizes": (384, 448, 512, 576, 640),
+        }
+    )
+
+
+def deeplesion_resnet2d50() -> TrainConfig:
+    """For comparison: a 2D ResNet-50 on DeepLesion that reads three slices as colours (the 2.5D way).
+
+    python jobs/finetune.py deeplesion_resnet2d50 --shards /data/deeplesion --init-from /runs/resnet2d50_imagenet
+    """
+    return deeplesion_mp3d63_paper().override(
+        {
+            "name": "deeplesion_resnet2d50",
+            "clip.num_slices": 3,
+            "model.backbone": "resnet2d50",
+            "model.norm": "frozen_bn",
+            "model.head.anchors": "fit",
+            "model.head.anchor_sizes_px": HALF_OCTAVE_SIZES_PX,
+        }
+    )
+
+
 Recipe = Callable[[], TrainConfig]
 PRETRAIN: tuple[Recipe, ...] = (
     synthetic_pretrain,
@@ -214,4 +246,6 @@ FINETUNE: tuple[Recipe, ...] = (
     deeplesion_mp3d63_paper,
     deeplesion_mp3d63,
     deeplesion_mp3d18ba,
+    deeplesion_p3d18ba_paper,
+    deeplesion_resnet2d50,
 )

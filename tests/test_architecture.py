@@ -33,13 +33,15 @@ def test_a_module_says_what_it_is_for(path: Path):
 
 
 def test_nothing_is_unpickled():
-    """Ray's own transport of a task to its workers is the one use of its pickler."""
+    """But the authors' checkpoints, by a disposable process; Ray's own transport of a task is the one use of its
+    pickler.
+    """
     found = {
         str(path.relative_to(ROOT))
         for path in SOURCES
         if re.search(r"\bpickle\.loads?\(|torch\.load\(|allow_pickle=True|joblib", path.read_text())
     }
-    assert found - {"mp3d/data/part.py"} == set()
+    assert found - {"mp3d/data/part.py", "mp3d/released_worker.py"} == set()
 
 
 def test_every_field_of_a_configuration_is_read_somewhere():

@@ -2,7 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mp3d.models.group_transform import GroupTransform
+from mp3d.models.group_transform import CentreSlice, DenseTransform, GroupTransform
 
 
 def features(n=2, c=6, d=9, h=4, w=3):
@@ -14,6 +14,33 @@ def test_window_of_nine_equals_the_authors_grouped_convolution():
     x = features()
     expected = F.conv2d(x.reshape(2, 6 * 9, 4, 3), transform.weight, groups=6)
     torch.testing.assert_close(transform(x, [(4,), (4,)]), expected)
+
+
+@pytest.mark.parametrize("taps", [1, 3, 9])
+def test_it_is_a_depthwise_convolution(taps):
+    """(taps, 1, 1), one group for each channel."""
+    transform = GroupTransform(6, taps).double()
+    x = features(d=11)
+    weight = transform.weight.reshape(6, 1, taps, 1, 1)
+    expected = F.conv3d(x, weight, groups=6)
+    keys = range(taps // 2, 11 - taps // 2)
+    torch.testing.assert_close(transform(x, [keys, keys]), expected.transpose(1, 2).flatten(0, 1))
+
+
+def test_the_dense_transform_is_a_full_convolution():
+    transform = DenseTransform(6, taps=5).double()
+    x = features(d=9)
+    expected = F.conv3d(x, transform.conv.weight)
+    torch.testing.assert_close(transform(x, [range(2, 7)] * 2), expected.transpose(1, 2).flatten(0, 1))
+    torch.testing.assert_close(transform(x, [(6,), (2,)]), torch.stack([expected[0, :, 4], expected[1, :, 0]]))
+
+
+def test_the_centre_is_the_key_slice_as_it_is():
+    x = features(d=9)
+    transform = CentreSlice(taps=5)
+    assert torch.equal(transform(x, [(6,), (2, 4)]), torch.stack([x[0, :, 6], x[1, :, 2], x[1, :, 4]]))
+    with pytest.raises(ValueError, match="key slice 1 of clip 0 needs 2 slices on each side"):
+        transform(x, [(1,), (2,)])
 
 
 def test_slides_over_a_slab_like_an_explicit_loop():

@@ -101,7 +101,7 @@ def test_folding_and_columns_are_views_of_channels_last_memory():
 def test_folded_convolution_equals_conv3d(kernel, stride):
     x = clip(2, 4, 5, 9, 6).requires_grad_()
     conv = Conv(4, 6, kernel, stride).double()
-    ours = unfold(conv(fold(x), WholeClips(5)), depth=5)
+    ours = unfold(conv(fold(x), WholeClips(2)), depth=5)
     padding = tuple(k // 2 for k in kernel)
     theirs = F.conv3d(x, conv.weight, stride=(1, stride, stride), padding=padding)
     torch.testing.assert_close(ours, theirs)
@@ -118,7 +118,7 @@ def test_folded_convolution_equals_conv3d(kernel, stride):
 def test_folded_pool_equals_max_pool3d(depth):
     x = clip(2, 3, depth, 9, 6)
     expected = F.max_pool3d(x, kernel_size=3, stride=(1, 2, 2), padding=1)
-    assert torch.equal(unfold(max_pool(fold(x), WholeClips(depth)), depth), expected)
+    assert torch.equal(unfold(max_pool(fold(x), WholeClips(2)), depth), expected)
 
 
 def reference(layer: ConvNorm, x: Tensor) -> Tensor:
@@ -155,7 +155,7 @@ def test_bottleneck_equals_the_formula(kind, in_channels, stride):
     y = reference_unit(block.unit, F.relu(reference(block.reduce, x)))
     shortcut = x if block.shortcut is None else reference(block.shortcut, x)
     expected = F.relu(reference(block.expand, y) + shortcut)
-    torch.testing.assert_close(unfold(block(fold(x), WholeClips(5)), 5), expected)
+    torch.testing.assert_close(unfold(block(fold(x), WholeClips(2)), 5), expected)
     assert (block.shortcut is None) == (in_channels == 32)
 
 
@@ -166,22 +166,22 @@ def test_basic_block_equals_the_formula(kind, in_channels, stride):
     x = clip(2, in_channels, 5, 8, 6)
     shortcut = x if block.shortcut is None else reference(block.shortcut, x)
     expected = F.relu(reference_unit(block.unit2, reference_unit(block.unit1, x)) + shortcut)
-    torch.testing.assert_close(unfold(block(fold(x), WholeClips(5)), 5), expected)
+    torch.testing.assert_close(unfold(block(fold(x), WholeClips(2)), 5), expected)
 
 
 def test_blocks_leave_their_input_alone():
     x = fold(clip(1, 16, 3, 4, 4))
     before = x.clone()
     for kind in range(3):
-        BasicBlock(kind, 16, 16, 1, Norm("slice_gn", 4)).double()(x, WholeClips(3))
-        Bottleneck(kind, 16, 4, 1, Norm("slice_gn", 4)).double()(x, WholeClips(3))
+        BasicBlock(kind, 16, 16, 1, Norm("slice_gn", 4)).double()(x, WholeClips(1))
+        Bottleneck(kind, 16, 4, 1, Norm("slice_gn", 4)).double()(x, WholeClips(1))
     assert torch.equal(x, before)
 
 
 def test_slice_gn_is_2d_group_norm_of_every_slice():
     layer = randomised(ConvNorm(2, 16, (1, 1, 1), norm=Norm("slice_gn", 8)))
     x = clip(2, 2, 3, 4, 5)
-    ours = unfold(layer(fold(x), WholeClips(3)), 3)
+    ours = unfold(layer(fold(x), WholeClips(2)), 3)
     convolved = F.conv3d(x, layer.conv.weight)
     for z in range(3):
         expected = F.group_norm(convolved[:, :, z], 8, layer.norm.weight, layer.norm.bias)
@@ -224,7 +224,7 @@ def test_z_is_never_shrunk(name, norm):
 def test_outputs_stay_channels_last():
     backbone = build_mp3d("63", width=0.125)
     clips = torch.randn(2, 1, 3, 64, 64)
-    assert backbone.stem.layers[0](fold(clips), WholeClips(3)).is_contiguous(memory_format=torch.channels_last)
+    assert backbone.stem.layers[0](fold(clips), WholeClips(2)).is_contiguous(memory_format=torch.channels_last)
     for output in backbone(clips):
         assert output.is_contiguous(memory_format=torch.channels_last_3d)
 
@@ -263,7 +263,7 @@ def test_frozen_parts_do_not_learn(frozen, parts):
 
 def test_frozen_batch_norm_never_trains():
     layer = ConvNorm(2, 4, (1, 1, 1), norm=Norm("frozen_bn")).train()
-    layer(torch.randn(3, 2, 4, 4), WholeClips(3)).sum().backward()
+    layer(torch.randn(3, 2, 4, 4), WholeClips(1)).sum().backward()
     assert layer.norm.weight.grad is None
     assert layer.conv.weight.grad is not None
     assert torch.equal(layer.norm.running_mean, torch.zeros(4))
@@ -304,6 +304,6 @@ def test_strided_shortcuts_equal_the_strided_convolution(in_channels: int, out_c
         x.contiguous().unflatten(0, (2, 3)).transpose(1, 2), conv.weight, stride=(1, 2, 2)
     )
     for _ in range(30):
-        y = conv(x, WholeClips(3))
+        y = conv(x, WholeClips(2))
         y.square().mean().backward()
     torch.testing.assert_close(y.unflatten(0, (2, 3)).transpose(1, 2), expected)

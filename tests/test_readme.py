@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from jobs import evaluate, finetune, prepare, pretrain, sweep
-from mp3d import cli
+from mp3d import cli, convert
 from mp3d.config import ClipConfig, EvaluateConfig, ServeConfig
 from mp3d.recipes import FINETUNE, PRETRAIN
 
@@ -94,6 +94,7 @@ def test_every_option_exists(capsys: pytest.CaptureFixture[str]):
         (finetune.main, ["synthetic_finetune", "--help"]),
         (sweep.main, ["synthetic_finetune", "--help"]),
         (evaluate.main, ["--help"]),
+        (convert.main, ["--help"]),
     ]
     for main, args in calls:
         with pytest.raises(SystemExit):

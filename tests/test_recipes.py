@@ -41,6 +41,8 @@ def test_detectors_train_on_slabs_but_the_published_one(recipe: Recipe):
     config = recipe()
     if recipe.__name__.endswith("_paper"):
         assert (config.clip.num_key_slices, config.clip.depth, config.model.norm) == (1, 9, "gn3d")
+    elif not config.model.keeps_z:
+        assert config.clip.num_key_slices == 1
     else:
         assert (config.clip.num_key_slices, config.clip.depth, config.model.norm) == (9, 17, "slice_gn")
 

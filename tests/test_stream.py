@@ -13,7 +13,7 @@ from mp3d.models.resnet import FoldedResNet
 from mp3d.models.stream import SeriesStream, stream_backbone, stream_predictions
 from mp3d.sample import Clip, Prediction
 
-BACKBONES = ["mp3d18ba", "mp3d63", "resnet3d18", "resnet3d18_v1c"]
+BACKBONES = ["mp3d18ba", "mp3d63", "resnet3d18", "resnet3d18_v1c", "resnet3d50"]
 HEAD = DetectionHead(fpn_channels=16, box_features=32, rpn_post_nms=(50, 30), max_detections=20)
 
 

@@ -40,7 +40,7 @@ TASKS: dict[str, Task] = DICOM_TASKS | {
 """All that a worker can be asked to do."""
 
 
-def main(argv: list[str]) -> None:
+def main(argv: list[str], tasks: dict[str, Task] = TASKS) -> None:
     channel = socket.socket(fileno=int(argv[0]))
     shared = np.frombuffer(mmap.mmap(int(argv[1]), SHARED_BYTES), np.uint8)
     os.close(int(argv[1]))
@@ -48,6 +48,7 @@ def main(argv: list[str]) -> None:
     _limit(resource.RLIMIT_AS, limits.memory_bytes)
     _limit(resource.RLIMIT_FSIZE, 0)
     _limit(resource.RLIMIT_CORE, 0)
+    send(channel, b"ready")
     while True:
         try:
             task, path, num_bytes, arguments = json.loads(receive(channel))
@@ -55,13 +56,13 @@ def main(argv: list[str]) -> None:
         except (EOFError, OSError):
             return
         _limit(resource.RLIMIT_CPU, math.ceil(time.process_time()) + limits.cpu_s)
-        send(channel, json.dumps(answer(task, source, arguments, shared)).encode())
+        send(channel, json.dumps(answer(tasks[task], source, arguments, shared)).encode())
 
 
-def answer(task: str, source: Path | bytes, arguments: dict[str, Any], shared: np.ndarray) -> dict[str, Any]:
+def answer(task: Task, source: Path | bytes, arguments: dict[str, Any], shared: np.ndarray) -> dict[str, Any]:
     """The answer to one request, as JSON has it; an array is left in ``shared``."""
     try:
-        value, array = TASKS[task](source, **arguments)
+        value, array = task(source, **arguments)
     except Refusal as refusal:
         return {"refusal": [refusal.reason, refusal.detail]}
     except BaseException as error:  # the one boundary: the panics of some decoders are no Exception

@@ -1,16 +1,37 @@
 """Networks. :func:`build_model` is the one place where a config becomes a model."""
 
 from mp3d.config import ClassificationHead, ClipConfig, DetectionHead, ModelConfig
+from mp3d.errors import ConfigError
 from mp3d.models.classifier import ClipClassifier
 from mp3d.models.detector import LesionDetector
+from mp3d.models.p3d import MIN_DEPTH
+from mp3d.models.resnet3d import PLANES_OF_A_PICTURE
 
 __all__ = ["ClipClassifier", "LesionDetector", "build_model"]
 
 
 def build_model(model: ModelConfig, clip: ClipConfig) -> LesionDetector | ClipClassifier:
-    """The model of a config, freshly initialised, in training mode, on the default device."""
+    """The model of a config, freshly initialised, in training mode, on the default device.
+
+    Raises:
+        ConfigError: a backbone that cannot read clips of this depth, or a width that leaves no channel.
+    """
+    check_depth(model, clip)
     match model.head:
         case DetectionHead():
             return LesionDetector(model, clip)
         case ClassificationHead():
             return ClipClassifier(model, clip)
+
+
+def check_depth(model: ModelConfig, clip: ClipConfig) -> None:
+    """Raises: ConfigError where a backbone cannot read clips of this depth."""
+    if model.backbone.startswith("p3d") and clip.num_slices < MIN_DEPTH:
+        raise ConfigError(
+            f"clip.num_slices is {clip.num_slices}: {model.backbone} pools z away and needs at least {MIN_DEPTH}; "
+            "take the mp3d of the same depth, whose weights it can start from"
+        )
+    if model.backbone.startswith("resnet2d") and clip.num_slices != PLANES_OF_A_PICTURE:
+        raise ConfigError(
+            f"clip.num_slices is {clip.num_slices}: {model.backbone} reads {PLANES_OF_A_PICTURE} slices as colours"
+        )

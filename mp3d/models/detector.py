@@ -25,7 +25,7 @@ from torchvision.ops.poolers import initLevelMapper
 
 from mp3d.config import ClipConfig, DetectionHead, ModelConfig
 from mp3d.models.anchors import build_anchor_generator
-from mp3d.models.backbone import KeySliceFPN, build_backbone
+from mp3d.models.backbone import build_neck
 from mp3d.models.transform import ClipBatch, ClipTransform
 from mp3d.sample import Clip, Prediction, Target
 
@@ -104,7 +104,7 @@ class LesionDetector(nn.Module):
             raise TypeError(f"model.head is a {type(head).__name__}; a detector needs a DetectionHead")
         self.num_classes = head.num_classes
         self.transform = ClipTransform(clip)
-        self.backbone = KeySliceFPN(build_backbone(model), clip.num_slices, head.fpn_channels)
+        self.backbone = build_neck(model, clip.num_slices, head.fpn_channels)
         self.rpn = build_rpn(head)
         self.roi_heads = build_roi_heads(head)
 

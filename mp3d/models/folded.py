@@ -1,8 +1,7 @@
 """Convolution, normalisation and pooling of a 3D network that runs folded into 2D.
 
 A **folded** tensor has shape ``(n*d, c, h, w)`` in channels-last memory: the slices of all clips, one after the other.
-Next to it travels ``z`` (:class:`AlongZ`), which knows how they hang together. Nothing here shrinks z. Three facts make
-it work without copies:
+Next to it travels ``z`` (:class:`AlongZ`), which knows how they hang together. Three facts make it work without copies:
 
 - a 1 x k x k convolution is a 2D convolution of every slice;
 - the same memory read as ``(n, c, d, h*w)``, the *columns* of a clip, turns a 3 x 1 x 1 convolution into a 3 x 1 one;
@@ -45,9 +44,8 @@ class AlongZ(Protocol):
     (:class:`mp3d.models.stream.SeriesStream`): whatever mixes slices, or joins branches that do, asks here.
     """
 
-    @property
-    def depth(self) -> int:
-        """Slices of a clip."""
+    def depth(self, x: Float[Tensor, "nd c h w"]) -> int:
+        """Slices of a clip in ``x``."""
         ...
 
     def with_neighbours(self, x: Float[Tensor, "nd c h w"], reach: int) -> tuple[Float[Tensor, "_ c h w"], int, int]:
@@ -63,12 +61,15 @@ class AlongZ(Protocol):
 
 @dataclass(frozen=True)
 class WholeClips:
-    """Clips that are there from the first slice to the last, each of ``depth`` slices."""
+    """``num_clips`` clips of equal depth that are there from the first slice to the last."""
 
-    depth: int
+    num_clips: int
+
+    def depth(self, x: Float[Tensor, "nd c h w"]) -> int:
+        return len(x) // self.num_clips
 
     def with_neighbours(self, x: Float[Tensor, "nd c h w"], reach: int) -> tuple[Float[Tensor, "nd c h w"], int, int]:
-        return x, self.depth, reach
+        return x, self.depth(x), reach
 
     def add(self, ahead: Float[Tensor, "nd c h w"], behind: Float[Tensor, "nd c h w"]) -> Float[Tensor, "nd c h w"]:
         return ahead + behind
@@ -97,24 +98,43 @@ def from_columns(x: Float[Tensor, "n c d hw"], height: int, width: int) -> Float
     return x.permute(0, 2, 3, 1).flatten(0, 1).unflatten(1, (height, width)).permute(0, 3, 1, 2)
 
 
-def max_pool(x: Float[Tensor, "nd c h w"], z: AlongZ) -> Float[Tensor, "_ c h2 w2"]:
-    """3 x 3 x 3 max pooling with stride (1, 2, 2) and padding 1, of what a ReLU left.
+def max_pool(x: Float[Tensor, "nd c h w"], z: AlongZ, z_stride: int = 1) -> Float[Tensor, "_ c h2 w2"]:
+    """3 x 3 x 3 max pooling with stride (z_stride, 2, 2) and padding 1, of what a ReLU left.
 
     The maximum is separable: first in the plane, then over z. Where nothing is negative, padding with zeros is right.
     """
-    x = F.max_pool2d(x, kernel_size=3, stride=2, padding=1)
+    return max_pool_z(max_pool_plane(x), z, z_stride)
+
+
+def max_pool_plane(x: Float[Tensor, "nd c h w"]) -> Float[Tensor, "nd c h2 w2"]:
+    """1 x 3 x 3 max pooling with stride (1, 2, 2) and padding 1."""
+    return F.max_pool2d(x, kernel_size=3, stride=2, padding=1)
+
+
+def max_pool_z(
+    x: Float[Tensor, "nd c h w"], z: AlongZ, stride: int = 1, padded: bool = True
+) -> Float[Tensor, "_ c h w"]:
+    """3 x 1 x 1 max pooling of what a ReLU left, with padding 1 or none."""
     x, depth, padding = z.with_neighbours(x, reach=1)
-    columns = F.max_pool2d(to_columns(x, depth), kernel_size=(3, 1), stride=1, padding=(padding, 0))
+    columns = F.max_pool2d(
+        to_columns(x, depth), kernel_size=(3, 1), stride=(stride, 1), padding=(padding if padded else 0, 0)
+    )
     return from_columns(columns, *x.shape[2:])
 
 
 class Conv(nn.Module):
-    """Bias-free convolution of a folded tensor, padded by half its kernel, strided in the plane only."""
+    """Bias-free convolution of a folded tensor, padded by half its kernel.
 
-    def __init__(self, in_channels: int, out_channels: int, kernel: tuple[int, int, int], stride: int = 1) -> None:
+    Args:
+        stride: in the plane; ``z_stride``: along z.
+    """
+
+    def __init__(
+        self, in_channels: int, out_channels: int, kernel: tuple[int, int, int], stride: int = 1, z_stride: int = 1
+    ) -> None:
         super().__init__()
         self.kernel = kernel
-        self.stride = stride
+        self.stride, self.z_stride = stride, z_stride
         self.weight = nn.Parameter(torch.empty(out_channels, in_channels, *kernel))
         nn.init.xavier_uniform_(self.weight)
 
@@ -125,22 +145,28 @@ class Conv(nn.Module):
             # taking every other pixel first is the same, and oneDNN's strided 1 x 1 kernels write past their weight
             # gradients at 8 input channels (PyTorch 2.15, AVX-512)
             x, stride = x[:, :, ::stride, ::stride].contiguous(memory_format=torch.channels_last), 1
+        if kd == 1 and self.z_stride > 1:
+            x = fold(unfold(x, z.depth(x))[:, :, :: self.z_stride])
         if kd == 1:
             return F.conv2d(x, self.weight.squeeze(2), stride=stride, padding=(kh // 2, kw // 2))
         x, depth, padding = z.with_neighbours(x, reach=kd // 2)
         if kh == kw == 1:
-            columns = F.conv2d(to_columns(x, depth), self.weight.squeeze(4), padding=(padding, 0))
+            columns = F.conv2d(
+                to_columns(x, depth), self.weight.squeeze(4), stride=(self.z_stride, 1), padding=(padding, 0)
+            )
             return from_columns(columns, *x.shape[2:])
         paddings = (padding, kh // 2, kw // 2)
-        return fold(F.conv3d(unfold(x, depth), self.weight, stride=(1, stride, stride), padding=paddings))
+        strides = (self.z_stride, stride, stride)
+        return fold(F.conv3d(unfold(x, depth), self.weight, stride=strides, padding=paddings))
 
     def extra_repr(self) -> str:
         out_channels, in_channels = self.weight.shape[:2]
-        return f"{in_channels}, {out_channels}, kernel={self.kernel}, stride=(1, {self.stride}, {self.stride})"
+        stride = (self.z_stride, self.stride, self.stride)
+        return f"{in_channels}, {out_channels}, kernel={self.kernel}, stride={stride}"
 
 
 class GroupNorm(nn.GroupNorm):
-    """Group norm with float32 statistics that hands on the precision it was given; a GPU's autocast would not."""
+    """Group norm with float32 statistics that hands on the precision it was given; a GPU under autocast would not."""
 
     def forward(self, input: Tensor) -> Tensor:
         return super().forward(input).to(input.dtype)
@@ -162,10 +188,17 @@ class ConvNorm(nn.Module):
     """Convolution, then normalisation."""
 
     def __init__(
-        self, in_channels: int, out_channels: int, kernel: tuple[int, int, int], stride: int = 1, *, norm: Norm
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel: tuple[int, int, int],
+        stride: int = 1,
+        z_stride: int = 1,
+        *,
+        norm: Norm,
     ) -> None:
         super().__init__()
-        self.conv = Conv(in_channels, out_channels, kernel, stride)
+        self.conv = Conv(in_channels, out_channels, kernel, stride, z_stride)
         self.over_clip = norm.kind == "gn3d"
         match norm.kind:
             case "slice_gn" | "gn3d":
@@ -179,5 +212,5 @@ class ConvNorm(nn.Module):
     def forward(self, x: Float[Tensor, "nd c h w"], z: AlongZ) -> Float[Tensor, "_ o h2 w2"]:
         x = self.conv(x, z)
         if self.over_clip:
-            return from_columns(self.norm(to_columns(x, z.depth)), *x.shape[2:])
+            return from_columns(self.norm(to_columns(x, z.depth(x))), *x.shape[2:])
         return self.norm(x)

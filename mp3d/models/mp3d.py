@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from mp3d.config import StrideConfig
 from mp3d.models.folded import AlongZ, ConvNorm, Norm, NormKind
-from mp3d.models.resnet import FoldedResNet, Stem, base_channels, build_resnet, scaled_norm
+from mp3d.models.resnet import PUBLISHED_STRIDES, FoldedResNet, Stem, base_channels, build_resnet, scaled_norm
 
 Depth = Literal["18ba", "34ba", "18", "63", "131"]
 
@@ -109,11 +110,19 @@ class BasicBlock(nn.Module):
         return F.relu(z.add(x if self.shortcut is None else self.shortcut(x, z), y), inplace=True)
 
 
-def build_mp3d(depth: Depth, width: float = 1.0, norm: NormKind = "slice_gn") -> FoldedResNet:
+def build_mp3d(
+    depth: Depth,
+    width: float = 1.0,
+    norm: NormKind = "slice_gn",
+    strides: StrideConfig = PUBLISHED_STRIDES,
+    kind: type[FoldedResNet] = FoldedResNet,
+) -> FoldedResNet:
     """An MP3D backbone for one input channel.
 
     Args:
         width: factor on every channel count.
+        strides: only their pool may differ from the published ones.
+        kind: what follows the stages.
 
     Raises:
         ConfigError: a width that leaves no channel.
@@ -124,5 +133,5 @@ def build_mp3d(depth: Depth, width: float = 1.0, norm: NormKind = "slice_gn") ->
     def block(index: int, in_channels: int, channels: int, stride: int) -> nn.Module:
         return kind_of_block(index % len(UNITS), in_channels, channels, stride, scaled)
 
-    stem = Stem([ConvNorm(1, base, (1, 7, 7), 2, norm=scaled)])
-    return build_resnet(stem, NUM_BLOCKS[depth], base, kind_of_block.expansion, block)
+    stem = Stem([ConvNorm(1, base, (1, 7, 7), 2, norm=scaled)], strides)
+    return build_resnet(stem, NUM_BLOCKS[depth], base, kind_of_block.expansion, block, strides, kind)

@@ -7,43 +7,60 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from mp3d.config import StrideConfig
 from mp3d.errors import ConfigError
-from mp3d.models.folded import AlongZ, ConvNorm, Norm, NormKind, WholeClips, fold, max_pool, unfold
+from mp3d.models.folded import AlongZ, ConvNorm, Norm, NormKind, WholeClips, fold, max_pool, max_pool_plane, unfold
 
 STAGE_WIDTHS = (64, 128, 256, 512)
 """Middle channels of the four stages at width 1."""
 
 
-class Stem(nn.Module):
-    """Convolutions with ReLU, the first strided, then the max pool: a quarter of rows and columns, every slice."""
+PUBLISHED_STRIDES = StrideConfig()
+"""Those of pre-training and detection: z kept, 4 to 32 in the plane."""
 
-    def __init__(self, layers: Sequence[ConvNorm]) -> None:
+
+class Stem(nn.Module):
+    """Convolutions with ReLU, the first perhaps strided, then the max pool if there is one."""
+
+    def __init__(self, layers: Sequence[ConvNorm], strides: StrideConfig = PUBLISHED_STRIDES) -> None:
         super().__init__()
         self.layers = nn.ModuleList(layers)
+        self.pool = strides.pool
+        self.pool_z_stride = 2 if strides.isotropic else 1
 
     def forward(self, x: Float[Tensor, "nd c h w"], z: AlongZ) -> Float[Tensor, "_ o h4 w4"]:
         for layer in self.layers:
             x = F.relu(layer(x, z), inplace=True)
-        return max_pool(x, z)
+        if self.pool == "none":
+            return x
+        return max_pool_plane(x) if self.pool == "1x3x3" else max_pool(x, z, self.pool_z_stride)
 
 
 class FoldedResNet(nn.Module):
-    """A 3D residual network that never shrinks z.
+    """A 3D residual network.
 
     Args:
         stem: from one channel to the first stage's input.
         stages: the blocks of stage 1 to 4; a block is called as ``block(x, z)`` on a folded tensor.
         out_channels: channels of the four outputs.
+        strides: of the whole network.
     """
 
-    strides = (4, 8, 16, 32)
-    """In the plane, of the four outputs."""
-
-    def __init__(self, stem: Stem, stages: Sequence[Sequence[nn.Module]], out_channels: Sequence[int]) -> None:
+    def __init__(
+        self,
+        stem: Stem,
+        stages: Sequence[Sequence[nn.Module]],
+        out_channels: Sequence[int],
+        strides: StrideConfig = PUBLISHED_STRIDES,
+    ) -> None:
         super().__init__()
         self.stem = stem
         self.stage1, self.stage2, self.stage3, self.stage4 = (nn.ModuleList(blocks) for blocks in stages)
         self.out_channels = list(out_channels)
+        self.strides = strides.of_outputs
+        """In the plane, of the four outputs."""
+        self.keeps_z = not strides.isotropic
+        """Every slice has its own features, to the end."""
         self.num_frozen_parts = 0
 
     @property
@@ -67,10 +84,10 @@ class FoldedResNet(nn.Module):
             part.eval()
         return self
 
-    def forward(self, x: Float[Tensor, "n 1 d h w"]) -> list[Float[Tensor, "n _ d _ _"]]:
+    def forward(self, x: Float[Tensor, "n 1 d h w"]) -> list[Float[Tensor, "n _ _ _ _"]]:
         """The outputs of stage 1 to 4."""
-        depth = x.shape[2]
-        return [unfold(features, depth) for features in self.run(fold(x), WholeClips(depth))]
+        z = WholeClips(len(x))
+        return [unfold(features, z.depth(features)) for features in self.run(fold(x), z)]
 
     def run(self, x: Float[Tensor, "nd 1 h w"], z: AlongZ) -> list[Float[Tensor, "_ _ _ _"]]:
         """The same on folded tensors, whose slices hang together as ``z`` says."""
@@ -81,8 +98,13 @@ class FoldedResNet(nn.Module):
             with torch.set_grad_enabled(torch.is_grad_enabled() and self.num_frozen_parts < number + 1):
                 for block in blocks:
                     x = block(x, z)
+                x = self.after_stage(number, x, z)
             outputs.append(x)
         return outputs
+
+    def after_stage(self, number: int, x: Float[Tensor, "nd c h w"], z: AlongZ) -> Float[Tensor, "_ c h w"]:
+        """What the next stage reads and this one puts out; ``number`` is 1 to 4."""
+        return x
 
 
 def base_channels(width: float) -> int:
@@ -108,8 +130,10 @@ def build_resnet(
     base: int,
     expansion: int,
     block: Callable[[int, int, int, int], nn.Module],
+    strides: StrideConfig = PUBLISHED_STRIDES,
+    kind: type[FoldedResNet] = FoldedResNet,
 ) -> FoldedResNet:
-    """Four stages behind a stem; the first block of stages 2, 3 and 4 halves rows and columns.
+    """Four stages behind a stem; the first block of a stage carries its stride.
 
     Args:
         num_blocks: of the four stages.
@@ -123,9 +147,9 @@ def build_resnet(
         channels = base * STAGE_WIDTHS[stage] // STAGE_WIDTHS[0]
         blocks = []
         for position in range(blocks_of_stage):
-            blocks.append(block(index, in_channels, channels, 2 if stage > 0 and position == 0 else 1))
+            blocks.append(block(index, in_channels, channels, strides.stages[stage] if position == 0 else 1))
             in_channels = channels * expansion
             index += 1
         stages.append(blocks)
         out_channels.append(in_channels)
-    return FoldedResNet(stem, stages, out_channels)
+    return kind(stem, stages, out_channels, strides)

@@ -18,24 +18,31 @@ import torch
 from jaxtyping import Float, Int16
 from torch import Tensor
 
+from mp3d.config import ModelConfig
 from mp3d.errors import ConfigError
 from mp3d.models.backbone import KeySliceFPN
 from mp3d.models.detector import LesionDetector
-from mp3d.models.folded import NormKind, fold, unfold
+from mp3d.models.folded import fold, unfold
 from mp3d.models.resnet import FoldedResNet
 from mp3d.sample import Clip, Prediction
 
 Item = TypeVar("Item")
 
+ONE_SLICE_OF_A_WINDOW = (
+    "a backbone that does not keep z (a P3D, a 2D one, isotropic strides) answers for the middle slice of a window, so "
+    "that a series cannot be streamed: infer in mode window, or train a backbone that keeps z"
+)
 MIXES_SLICES = (
     "model.norm is gn3d, which takes its statistics over all slices of a clip, so that a series cannot be streamed: "
     "infer in mode window or slab, or train with slice_gn"
 )
 
 
-def check_streamable(norm: NormKind) -> None:
-    """Raises: ConfigError where a network with this norm cannot be streamed."""
-    if norm == "gn3d":
+def check_streamable(model: ModelConfig) -> None:
+    """Raises: ConfigError where a network cannot be streamed, for its norm or its backbone."""
+    if not model.keeps_z:
+        raise ConfigError(ONE_SLICE_OF_A_WINDOW)
+    if model.norm == "gn3d":
         raise ConfigError(MIXES_SLICES)
 
 
@@ -54,8 +61,7 @@ class SeriesStream:
         """Call before each chunk goes through the network."""
         self._place, self._is_first, self._is_last = 0, is_first, is_last
 
-    @property
-    def depth(self) -> int:
+    def depth(self, x: Float[Tensor, "d c h w"]) -> int:
         """Raises: ConfigError, as only ``gn3d`` asks."""
         raise ConfigError(MIXES_SLICES)
 
@@ -94,8 +100,10 @@ def stream_backbone(
     Together they equal ``backbone(the whole series)``.
 
     Raises:
-        ConfigError: the norm is ``gn3d``.
+        ConfigError: the norm is ``gn3d``, or the backbone does not keep z.
     """
+    if not backbone.keeps_z:
+        raise ConfigError(ONE_SLICE_OF_A_WINDOW)
     z = SeriesStream()
     for x, is_first, is_last in _with_ends(chunks):
         z.next_pass(is_first, is_last)
@@ -134,7 +142,12 @@ def stream_predictions(
 
     Args:
         chunks: of one series, in order, in Hounsfield units; at least one.
+
+    Raises:
+        ConfigError: the network cannot be streamed.
     """
+    if not isinstance(detector.backbone, KeySliceFPN):
+        raise ConfigError(ONE_SLICE_OF_A_WINDOW)
     batches = (detector.transform([Clip(slices, ())])[0] for slices in chunks)
     first = next(batches)
     tensors = (batch.tensors for batch in chain([first], batches))

@@ -1,16 +1,19 @@
-"""Transfer: start a model from the 3D backbone of another one, and say key by key what that did.
+"""Transfer: start a model from the backbone of another one, and say key by key what that did.
 
 Only the backbone moves. The group transforms have one weight per slice of the clip they were trained on (three planes
 of a picture, nine slices of a CT), and the feature pyramid and the heads have learnt another task; the authors start
 them afresh too (``modified_p3d.py``, ``load_checkpoint(strict=False, rm_backbone=True)``), only without saying so.
+
+The kernels of a 2D network become 3D ones by inflation.
 """
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from mp3d.errors import CheckpointError
@@ -20,6 +23,11 @@ STEM_KEY = "stem.layers.0.conv.weight"
 """Every backbone has it; what stands before it in a key is where the backbone sits in its model."""
 MIN_SHARE = 0.5
 """Less of the backbone than this, and the source is another network."""
+InflationRule = Literal["centre", "mean", "sum", "acs"]
+"""What the z taps of a 3D kernel get of the 2D one: the middle tap all, the others nothing, so that the network stays a
+2D one on every slice; all the same share of it, or all the whole of it; or a third of the kernels each lies in the
+axial, coronal and sagittal plane (ACSConv).
+"""
 
 
 @dataclass(frozen=True)
@@ -34,20 +42,24 @@ class Reinitialised:
 
 @dataclass(frozen=True)
 class TransferReport:
-    """Every tensor of the model is in ``moved`` or ``reinitialised``; ``unused`` are those that only the source has."""
+    """Every tensor of the model is in ``moved``, ``inflated`` or ``reinitialised``; ``unused`` are those that only the
+    source has.
+    """
 
     moved: tuple[str, ...]
     reinitialised: tuple[Reinitialised, ...]
     unused: tuple[str, ...]
+    inflated: tuple[str, ...] = ()
 
     def summary(self) -> str:
         """The counts, then every key, one line for each module."""
         changed = [f"{item.key} {_shapes(item)}" for item in self.reinitialised]
         return "\n".join(
             [
-                f"moved {len(self.moved)} tensors, re-initialised {len(self.reinitialised)}, "
-                f"unused {len(self.unused)} of the source",
+                f"moved {len(self.moved)} tensors, inflated {len(self.inflated)}, re-initialised "
+                f"{len(self.reinitialised)}, unused {len(self.unused)} of the source",
                 *_section("moved", self.moved),
+                *_section("inflated", self.inflated),
                 *_section("re-initialised (shape here, in the source)", changed),
                 *_section("unused (only in the source)", self.unused),
             ]
@@ -56,6 +68,45 @@ class TransferReport:
     def as_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
         return asdict(self)
+
+
+def inflate(
+    weight: Float[Tensor, "o i kh kw"],
+    shape: tuple[int, int, int, int, int],
+    rule: InflationRule,
+    colours: Literal["sum", "mean"] = "sum",
+) -> Float[Tensor, "o i2 kz kh kw"]:
+    """A 2D kernel as a 3D one.
+
+    Args:
+        shape: of the 3D kernel. Its input channel is one grey one where the 2D kernel has colours.
+        colours: what becomes of them; their sum answers a grey picture as the 2D kernel answers three equal colours.
+
+    Raises:
+        ValueError: a shape that the 2D kernel cannot get; ``acs`` for a kernel that is no cube.
+    """
+    out_channels, in_channels, depth, height, width = shape
+    given = tuple(weight.shape)
+    if in_channels == 1 and weight.shape[1] > 1:
+        weight = weight.sum(1, keepdim=True) if colours == "sum" else weight.mean(1, keepdim=True)
+    if weight.shape != (out_channels, in_channels, height, width):
+        raise ValueError(f"a 2D kernel of shape {given} cannot become a 3D one of {shape}")
+    kernel = weight.new_zeros(shape)
+    match rule:
+        case "centre":
+            kernel[:, :, depth // 2] = weight
+        case "mean":
+            kernel += weight.unsqueeze(2) / depth
+        case "sum":
+            kernel += weight.unsqueeze(2)
+        case "acs":
+            if not depth == height == width:
+                raise ValueError(f"acs turns kernels in space, and {shape} is no cube")
+            axial, coronal, sagittal = torch.tensor_split(torch.arange(out_channels), 3)
+            kernel[axial, :, depth // 2] = weight[axial]
+            kernel[coronal, :, :, height // 2] = weight[coronal]
+            kernel[sagittal, :, :, :, width // 2] = weight[sagittal]
+    return kernel
 
 
 def initialise_backbone(model: nn.Module, source_state: Mapping[str, Tensor]) -> TransferReport:
@@ -68,7 +119,7 @@ def initialise_backbone(model: nn.Module, source_state: Mapping[str, Tensor]) ->
         CheckpointError: the source has no backbone of ours, or one of another kind or width.
     """
     source_prefix = _source_prefix(source_state)
-    prefix = _model_prefix(model)
+    prefix = model_prefix(model)
     state = model.state_dict()
     moved, reinitialised = [], []
     counterparts = set()
@@ -91,7 +142,8 @@ def initialise_backbone(model: nn.Module, source_state: Mapping[str, Tensor]) ->
     return TransferReport(tuple(moved), tuple(reinitialised), unused)
 
 
-def _model_prefix(model: nn.Module) -> str:
+def model_prefix(model: nn.Module) -> str:
+    """Where its backbone sits in a model: what stands before its keys."""
     (name,) = (name for name, module in model.named_modules() if isinstance(module, FoldedResNet))
     return f"{name}." if name else ""
 

@@ -1,0 +1,109 @@
+"""Backbones by their names, and what may be chosen about them."""
+
+from typing import get_args
+
+import pytest
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+
+from mp3d.config import BackboneName, ClassificationHead, ClipConfig, ModelConfig, StrideConfig
+from mp3d.errors import ConfigError
+from mp3d.models import build_model
+from mp3d.models.backbone import KeySliceFPN, build_backbone, build_neck
+from mp3d.models.stream import stream_backbone, stream_pyramids
+from tests.test_mp3d import clip
+
+CLASSES = ClassificationHead(num_classes=2)
+
+
+@pytest.mark.parametrize("name", get_args(BackboneName))
+def test_every_name_detects(name: BackboneName):
+    """Four maps of the promised strides and channels, and a pyramid for every key slice."""
+    taps = 3 if name.startswith("resnet2d") else 9
+    neck = build_neck(ModelConfig(backbone=name, width=0.0625), taps, fpn_channels=8)
+    x = torch.randn(2, 1, taps, 32, 64)
+    outputs = neck.backbone(x)
+    deep = name.endswith(("18", "63", "131", "50", "50_v1c")) and not name.startswith(("resnet3d18", "resnet2d18"))
+    assert neck.backbone.out_channels == [width * (4 if deep else 1) for width in (4, 8, 16, 32)]
+    for output, channels, stride in zip(outputs, neck.backbone.out_channels, (4, 8, 16, 32), strict=True):
+        assert output.shape[:2] == (2, channels)
+        assert output.shape[3:] == (32 // stride, 64 // stride)
+        assert (output.shape[2] == taps) == neck.backbone.keeps_z
+    maps = neck(x, [(taps // 2,)] * 2)
+    assert [tuple(level.shape) for level in maps.values()] == [
+        (2, 8, -(-32 // stride), -(-64 // stride)) for stride in (4, 8, 16, 32, 64)
+    ]
+
+
+@pytest.mark.parametrize("name", ["p3d18ba", "resnet2d50", "resnet3d18"])
+def test_the_config_knows_whether_z_is_kept(name: BackboneName):
+    for isotropic in (False, True) if name == "resnet3d18" else (False,):
+        model = ModelConfig(backbone=name, width=0.0625, strides=StrideConfig(isotropic=isotropic), head=CLASSES)
+        assert build_backbone(model).keeps_z == model.keeps_z == (name == "resnet3d18" and not isotropic)
+
+
+def pyramids(to_2d: str) -> tuple[KeySliceFPN, Tensor]:
+    neck = build_neck(ModelConfig(backbone="mp3d18ba", width=0.125, to_2d=to_2d), taps=5, fpn_channels=8)
+    return neck.double().eval(), clip(1, 1, 14, 32, 32)
+
+
+@pytest.mark.parametrize("to_2d", ["group", "dense", "centre"])
+def test_a_stream_gives_the_maps_of_the_whole_stack(to_2d: str):
+    neck, x = pyramids(to_2d)
+    with torch.no_grad():
+        slab = neck(x, [range(2, 12)])
+        streamed = list(stream_pyramids(neck, x.split(4, dim=2), at_once=3))
+    for level, maps in slab.items():
+        torch.testing.assert_close(torch.cat([part[level] for part in streamed]), maps)
+
+
+def test_what_makes_features_2d_is_a_choice():
+    counts = {
+        to_2d: sum(p.numel() for p in pyramids(to_2d)[0].group_transforms.parameters())
+        for to_2d in ("group", "dense", "centre")
+    }
+    widths = [8, 16, 32, 64]
+    assert counts == {"group": 5 * sum(widths), "dense": 5 * sum(width**2 for width in widths), "centre": 0}
+    assert isinstance(pyramids(None)[0], KeySliceFPN)
+
+
+def test_isotropic_strides_cannot_be_streamed():
+    model = ModelConfig(backbone="resnet3d18", width=0.0625, strides=StrideConfig(isotropic=True), head=CLASSES)
+    with pytest.raises(ConfigError, match=r"does not keep z \(a P3D, a 2D one, isotropic strides\)"):
+        next(stream_backbone(build_backbone(model), [torch.randn(1, 1, 9, 32, 32)]))
+
+
+def test_an_isotropic_classifier_learns():
+    """From a cube every layer gets a gradient."""
+    model = ModelConfig(
+        backbone="resnet3d18_v1c", width=0.0625, norm="bn", strides=StrideConfig(isotropic=True), head=CLASSES
+    )
+    backbone = build_model(model, ClipConfig(num_slices=47)).backbone
+    backbone(torch.randn(1, 1, 47, 48, 48))[-1].square().mean().backward()
+    assert all(bool(parameter.grad.any()) for parameter in backbone.parameters())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"backbone": "mp3d63", "strides": {"isotropic": True}}, "mp3d63 has the strides of its paper"),
+        ({"backbone": "p3d63", "strides": {"pool": "none"}}, "p3d63 has a pool of its own"),
+        (
+            {"backbone": "resnet3d18", "strides": {"stem": 1}},
+            "a detector needs strides of 4, 8, 16, 32 and every slice",
+        ),
+        ({"backbone": "resnet3d18", "strides": {"isotropic": True}}, "a detector needs strides of 4, 8, 16, 32"),
+        ({"backbone": "resnet2d50", "to_2d": "dense"}, "resnet2d50 leaves no slices to weight"),
+        ({"strides": {"isotropic": True, "pool": "1x3x3"}}, "isotropic strides halve z in the pool too"),
+    ],
+)
+def test_what_cannot_be_chosen_is_refused(changes: dict, message: str):
+    with pytest.raises(ValidationError, match=message):
+        ModelConfig(**changes)
+
+
+def test_the_2d_network_reads_three_slices():
+    model = ModelConfig(backbone="resnet2d50", width=0.0625)
+    with pytest.raises(ConfigError, match="clip.num_slices is 9: resnet2d50 reads 3 slices as colours"):
+        build_model(model, ClipConfig())
