@@ -3,11 +3,11 @@
     python benchmarks/decode.py
 
 The slices of LIDC-IDRI-0001 in ``../shared/data`` (or ``MP3D_SHARED_DATA``), or made ones where it is absent, are
-written in every transfer syntax that is read here, each in a folder of its own. Lossy syntaxes, which need not be lossy, hold lossless frames too,
-but for JPEG Extended, which holds 12 bits. All readers read the same files, header included, from the page cache, on
-one thread, and take turns; the table holds medians of CPU time, which other processes disturb less than the clock.
-Values are compared first: what differs from ours is no time but a mark. pydicom's plug-ins are those found. Takes two
-minutes.
+written in every transfer syntax that is read here, each in a folder of its own. Lossy syntaxes, which need not be
+lossy, hold lossless frames too, but for JPEG Extended, which holds 12 bits. All readers read the same files, header
+included, from the page cache, on one thread, and take turns; ours with its worker process. The table holds medians of
+CPU time, which other processes disturb less than the clock. Values are compared first: what differs from ours is no
+time but a mark. pydicom's plug-ins are those found. Takes two minutes.
 """
 
 import argparse
