@@ -32,14 +32,14 @@ from torchvision.models.detection import fasterrcnn_resnet50_fpn
 
 from mp3d.config import ClipConfig, DetectionHead, ModelConfig
 from mp3d.data.clips import series_grid
-from mp3d.device import autocast, resolve_precision
+from mp3d.device import autocast, pick_device, resolve_precision
 from mp3d.models import LesionDetector
 from mp3d.models.folded import NormKind
 from mp3d.models.stream import stream_pyramids
-from mp3d.predict import AT_ONCE, Predictor, SeriesMode
+from mp3d.predict import AT_ONCE, DETECTED_AT_ONCE, Predictor, SeriesMode
 from mp3d.sample import Clip
 
-CPU = torch.device("cpu")
+CPU = pick_device("cpu")
 SAMPLE: dict[SeriesMode, int] = {"window": 4, "slab": 9}
 """Grid slices on which a mode is timed; a stream is timed on all."""
 PICTURES = 8
@@ -91,8 +91,7 @@ def backbone(model: LesionDetector, mode: SeriesMode, dtype: torch.dtype | None,
             elif mode == "slab":
                 neck(x, [range(4, 4 + keys)])
             else:
-                at_once = AT_ONCE["stream"]
-                for _ in stream_pyramids(neck, x.split(at_once, dim=2), at_once):
+                for _ in stream_pyramids(neck, x.split(AT_ONCE["stream"], dim=2), DETECTED_AT_ONCE):
                     pass
         return keys
 
