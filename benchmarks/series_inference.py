@@ -40,6 +40,7 @@ from mp3d.predict import AT_ONCE, DETECTED_AT_ONCE, Predictor, SeriesMode
 from mp3d.sample import Clip
 
 CPU = pick_device("cpu")
+MODES: tuple[SeriesMode, ...] = ("window", "slab", "stream")
 SAMPLE: dict[SeriesMode, int] = {"window": 4, "slab": 9}
 """Grid slices on which a mode is timed; a stream is timed on all."""
 PICTURES = 8
@@ -129,7 +130,7 @@ def rows_of(size: int, num_slices: int, proposals: int) -> list[Row]:
     for part, make in (("backbone", backbone), ("detector", whole)):
         rows.append(Row("window, published norm (gn3d)", part, "fp32", make(published, "window", None, hu)))
         for precision, dtype in precisions.items():
-            for mode in ("window", "slab", "stream"):
+            for mode in MODES:
                 rows.append(Row(mode, part, precision, make(default, mode, dtype, hu)))
     for precision, dtype in precisions.items():
         rows.append(Row("torchvision 2D, 3 slices", "detector", precision, flat(size, proposals, dtype)))
@@ -179,7 +180,8 @@ def print_peaks(size: int, proposals: int, precision: str) -> None:
         f"\n| mode, {precision} | slices | peak of the process, MB | of it before the first slice (weights, volume) |"
     )
     print("| --- | --- | --- | --- |")
-    for mode, num_slices in (("window", 64), ("slab", 64), ("stream", 64), ("stream", 256)):
+    series: list[tuple[SeriesMode, int]] = [("window", 64), ("slab", 64), ("stream", 64), ("stream", 256)]
+    for mode, num_slices in series:
         options = [str(size), mode, str(num_slices), str(proposals), precision]
         done = subprocess.run(
             [sys.executable, __file__, "--one-peak", *options], capture_output=True, text=True, check=True
