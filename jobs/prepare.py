@@ -5,6 +5,9 @@
 
 A run that was stopped goes on when the same command is given again. What cannot be used is refused with a reason, and
 named in OUT-private/sources.json and, where the output is a terminal, there; neither shards nor logs hold names.
+
+With --report the data passport is written beside the shards, passport.html and passport.json: what they hold, and
+whether anything is in two splits, theirs or those of the shards that --compare names. The exit code is 3 then.
 """
 
 import difflib
@@ -26,7 +29,7 @@ from mp3d.data.id_key import id_key_path, load_id_key
 from mp3d.data.prepare import PrepareResult, prepare
 from mp3d.data.source import Source
 from mp3d.data.splits import SPLITS, assign_splits
-from mp3d.errors import ConfigError
+from mp3d.errors import ConfigError, DataError
 from mp3d.launch import connect_ray
 
 TOO_MANY_REJECTS = 5
@@ -56,6 +59,10 @@ class Options:
     """Series or pictures that may be refused before the exit code is 5."""
     retry_rejects: bool = False
     """Read once more what was refused by an earlier run of this command."""
+    report: bool = False
+    """Read the shards back and write their data passport: counts, hashes, leaks, spacing, HU, boxes, anchors."""
+    compare: tyro.conf.UseAppendAction[tuple[Path, ...]] = ()
+    """With --report: other shards, such as those of the pre-training, that must share no patient; may be repeated."""
     dry_run: bool = False
     """List the data set, print the plan and stop."""
 
@@ -63,6 +70,8 @@ class Options:
 def main(argv: Sequence[str] | None = None) -> int:
     options, read = parse(sys.argv[1:] if argv is None else argv)
     out = _absolute(options.out)
+    if options.compare and not options.report:
+        raise ConfigError("--compare looks for leaks in the data passport; give --report too")
     arguments = {name: _absolute(value) for name, value in read.keywords.items()}
     print("listing the data set ...")
     source = read.func(**arguments)
@@ -85,6 +94,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         progress=Progress(),
     )
     print_result(result, source)
+    if options.report:
+        report(out, [_absolute(other) for other in options.compare])
+    elif not result.already_prepared:
+        for outdated in out.glob("passport.*"):
+            outdated.unlink()
     if len(result.rejects) > options.allowed_rejects:
         told = f"{len(result.rejects)} were refused, --allowed-rejects is {options.allowed_rejects}"
         print(f"error: {told}", file=sys.stderr)
@@ -168,6 +182,25 @@ def print_result(result: PrepareResult, source: Source) -> None:
         print(f"refused: {len(result.rejects) - SHOWN_REJECTS} more; reasons are in manifest.json")
     if result.private:
         print(f"names of all that was refused: {result.private}")
+
+
+def report(out: Path, compare: Sequence[Path]) -> None:
+    """Write the data passport.
+
+    Raises:
+        DataError: something is in two splits, or data sets cannot be compared; the passport stands then.
+    """
+    from mp3d.report import write_passport
+
+    print("reading the shards for their passport ...")
+    passport = write_passport(out, compare)
+    print(f"data passport: {passport.html}")
+    if passport.leaks:
+        raise DataError(f"leak: {'; '.join(passport.leaks)}; {passport.html} names them")
+    if passport.not_compared:
+        raise DataError(
+            f"patients cannot be compared with {'; '.join(passport.not_compared)}; prepare both with one --id-key-file"
+        )
 
 
 class Progress:

@@ -1,4 +1,4 @@
-"""Search for the best detector by Ray Tune: anchor ratios, learning rate, frozen stages. ASHA stops what is worse.
+"""Search for the best detector by Ray Tune: anchors, learning rate, frozen stages. ASHA stops what is worse.
 
     python jobs/sweep.py RECIPE --name SWEEP --num-trials 16 [--base.init-from RUN ...]
     ray job submit --working-dir . -- python jobs/sweep.py RECIPE --name SWEEP ...

@@ -13,6 +13,7 @@ for, a run will do and stands for its best.
 """
 
 import json
+import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -128,7 +129,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
             f"{path} is neither a checkpoint (it has no {MANIFEST}) nor a run that holds one; "
             "give the folder that training printed, such as runs/<name>"
         )
-    ranked = sorted(candidates, key=lambda candidate: (_score(candidate), candidate.name), reverse=True)
+    ranked = sorted(candidates, key=lambda candidate: (score_of(candidate), candidate.name), reverse=True)
     return _first_intact(ranked, path)
 
 
@@ -146,6 +147,15 @@ def latest_checkpoint(run: Path) -> Checkpoint | None:
 def checkpoints_of(run: Path) -> list[Path]:
     """The committed checkpoints of a run, oldest first."""
     return sorted(path.parent for path in run.glob(f"epoch_*/{MANIFEST}"))
+
+
+def score_of(checkpoint: Path) -> float:
+    """The score of a committed checkpoint without opening it; minus infinity where it does not say, being damaged."""
+    try:
+        score = float(json.loads((checkpoint / "metrics.json").read_text())["score"])
+    except (OSError, ValueError, KeyError, TypeError, OverflowError):
+        return -math.inf
+    return -math.inf if math.isnan(score) else score
 
 
 def pack_optimizer(optimizer: Optimizer) -> TrainerState:
@@ -209,13 +219,6 @@ def _open_verified(path: Path) -> Checkpoint:
         )
     except (OSError, ValueError, KeyError, TypeError, ValidationError, SafetensorError) as error:
         raise CheckpointError(f"{path} is no intact checkpoint: {type(error).__name__}: {error}") from error
-
-
-def _score(path: Path) -> float:
-    try:
-        return float(json.loads((path / "metrics.json").read_text())["score"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return float("-inf")
 
 
 def _write_json(path: Path, content: Any) -> None:

@@ -1,7 +1,8 @@
 """What every job shares: the command line of a recipe, readable failures, exit codes, where relative paths lie.
 
 Exit codes: 0 done, 1 a defect (with a traceback), 2 wrong command or configuration, 3 data or checkpoint that cannot
-be used, 4 missing resources, 5 prepared, but more was refused than allowed, 130 interrupted.
+be used, 4 missing resources, 5 prepared, but more was refused than allowed, 130 interrupted, 141 nobody reads the
+output any more.
 """
 
 import difflib
@@ -26,7 +27,7 @@ from mp3d.sweep import run_sweep, trials_table
 from mp3d.tracking import tracking_mode
 
 EXIT_CODES = """exit codes: 0 done · 1 defect · 2 wrong command or configuration · 3 unusable data or checkpoint ·
-4 missing resources · 5 prepared, more refused than allowed · 130 interrupted"""
+4 missing resources · 5 prepared, more refused than allowed · 130 interrupted · 141 nobody reads the output any more"""
 
 
 C = TypeVar("C", bound=Config)
@@ -197,7 +198,12 @@ def sweep_command(command: Command[SweepConfig]) -> int:
     if command.default_recipe:
         print(f"no recipe was named: sweeping {sweep.base.name!r} on the synthetic world")
     if command.dry_run:
-        points = {"learning rate": sweep.lr, "anchor ratios": sweep.anchor_ratios, "frozen stages": sweep.frozen_stages}
+        points = {
+            "learning rate": sweep.lr,
+            "anchors": ", ".join(sweep.anchors),
+            "anchor ratios": sweep.anchor_ratios,
+            "frozen stages": sweep.frozen_stages,
+        }
         print_plan({"sweep": folder, "trials": sweep.num_trials, **points, **training_plan(sweep.base), "run": folder})
         return 0
     ensure_shards(command.config.base.shards)
@@ -222,7 +228,8 @@ def training_plan(config: TrainConfig) -> dict[str, Any]:
         "run": f"{run_dir}{' (exists: would be resumed)' if run_dir.exists() else ''}",
         "shards": config.shards,
         "start from": config.init_from or "random weights",
-        "model": f"{model.backbone} x{model.width:g}, norm {model.norm}, {model.head.kind} head",
+        "model": f"{model.backbone} x{model.width:g}, norm {model.norm}, {model.head.kind} head"
+        + (", anchors fitted to the shards" if model.head.kind == "detection" and model.head.anchors == "fit" else ""),
         "clip": f"{clip.depth} slices, {clip.slice_spacing_mm or 'their own'} mm apart, {clip.image_size} px",
         "training": f"{loop.epochs} epochs of {loop.steps_per_epoch or 'all'} steps, "
         f"{loop.batch_size} x {loop.num_workers} clips a step",

@@ -60,6 +60,10 @@ class ClipConfig(Config):
     """
     slice_spacing_mm: PositiveFloat | None = 2.5
     """Spacing of the clip along z; None takes the slices as they are stored, as for the planes of a picture."""
+    interpolation: Literal["exact", "authors"] = "exact"
+    """Where neighbours lie that fall between stored slices: at their own place; or where the authors' loader puts them,
+    which reuses the first neighbour's weights for all and is off by up to 1.5 mm (0 at 1, 2.5 and 5 mm spacing).
+    """
     window_hu: tuple[float, float] = (-1024.0, 1050.0)
     """Hounsfield range mapped linearly to 0..255 and clipped; unused for colour pictures."""
     mean: float = 123.675
@@ -109,6 +113,10 @@ class DetectionHead(Config):
     """Square root of the anchor area, one tuple for each of the five levels P2..P6."""
     anchor_ratios: tuple[PositiveFloat, ...] = (0.5, 1.0, 2.0)
     """Height over width."""
+    anchors: Literal["given", "fit"] = "given"
+    """given: the sizes and ratios that stand here; fit: as many, fitted to the boxes of the training split before the
+    run starts, which then holds the fitted ones as given.
+    """
     rpn_positive_iou: Fraction = 0.7
     rpn_negative_iou: Fraction = 0.3
     rpn_samples: PositiveInt = 256
@@ -288,7 +296,9 @@ class SweepConfig(Config):
     lr: tuple[PositiveFloat, PositiveFloat] = (1e-3, 1e-1)
     """Bounds of the learning rate, drawn evenly on a log scale."""
     anchor_ratios: tuple[tuple[PositiveFloat, ...], ...] = ((0.5, 1.0, 2.0), (0.7, 1.0, 1.4), (1.0,))
-    """Sets of ratios to choose from."""
+    """Sets of ratios to choose from; a fit starts from them."""
+    anchors: tuple[Literal["given", "fit"], ...] = ("given", "fit")
+    """Whether sizes and ratios are taken as they are, or fitted to the training boxes."""
     frozen_stages: tuple[Annotated[int, Field(ge=-1, le=4)], ...] = (-1, 0, 1)
     grace_epochs: PositiveInt = 1
     """Epochs that every trial may run before it can be stopped."""

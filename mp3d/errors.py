@@ -30,7 +30,7 @@ class CheckpointError(Mp3dError):
 
 
 class ResourceError(Mp3dError):
-    """The cluster cannot give what the run asks for; Ray would wait for ever."""
+    """The cluster cannot give what the run asks for, for which Ray would wait for ever; or the disk is full."""
 
     exit_code = 4
 

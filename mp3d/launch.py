@@ -26,7 +26,7 @@ RAY_ENVIRONMENT = {
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "60",
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",  # whoever asked for no GPU sees none; else Ray leaves all in sight
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
 }
 CONTROLLER_FAILURES = 3
@@ -85,10 +85,12 @@ def run_training(config: TrainConfig) -> Path:
         ResourceError: the cluster cannot carry it.
         Mp3dError: whatever stops :func:`mp3d.train.train`.
     """
+    from mp3d.fitting import fit_to_data
     from mp3d.train import check_inputs
 
     run_dir = Path(config.launch.storage_path) / config.name
     check_inputs(config)
+    config = fit_to_data(config)
     if config.launch.runner == "local":
         _train_here(config, claim(run_dir, config))
     else:

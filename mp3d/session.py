@@ -13,14 +13,16 @@ one host and resumed under another, and that Ray's own state never contradicts w
 """
 
 import json
+import math
 import shutil
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
-from mp3d.checkpoint import Checkpoint, checkpoints_of, epoch_directory, latest_checkpoint
+from mp3d.checkpoint import Checkpoint, checkpoints_of, epoch_directory, latest_checkpoint, score_of
 from mp3d.device import pick_device
 
 Save = Callable[[Path], None]
@@ -85,7 +87,10 @@ class TuneSession(PlainSession):
     """A trial of a sweep: a plain process that tells Ray Tune how it goes, and may be stopped by it."""
 
     def __init__(self, run_dir: Path, *, keep: int) -> None:
-        super().__init__(run_dir, keep=keep, device=pick_device("auto"))
+        import ray
+
+        # what Ray gave to the trial, which may see GPUs that other trials hold
+        super().__init__(run_dir, keep=keep, device=pick_device("gpu" if ray.get_gpu_ids() else "cpu"))
         self.best = max((line["score"] for line in read_metrics(run_dir)), default=float("-inf"))
 
     def report(self, epoch: int, score: float, metrics: dict[str, float], save: Save) -> None:
@@ -108,6 +113,8 @@ def commit_epoch(run_dir: Path, epoch: int, score: float, metrics: dict[str, flo
         shutil.rmtree(final)
     aside.rename(final)
     for path in _surplus(checkpoints_of(run_dir), keep):
+        if score_of(path) == -math.inf:
+            warnings.warn(f"removed: {path}, whose metrics.json is damaged", stacklevel=2)
         shutil.rmtree(path)
     with (run_dir / "metrics.jsonl").open("a") as file:
         file.write(json.dumps({"epoch": epoch, "score": score, **metrics}) + "\n")
@@ -121,8 +128,6 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def _surplus(checkpoints: list[Path], keep: int) -> list[Path]:
-    def score(path: Path) -> float:
-        return json.loads((path / "metrics.json").read_text())["score"]
-
-    ranked = sorted(checkpoints, key=lambda path: (score(path), path.name), reverse=True)
+    """All but the best and the latest; one that does not tell its score counts as the worst."""
+    ranked = sorted(checkpoints, key=lambda path: (score_of(path), path.name), reverse=True)
     return [path for path in ranked[keep:] if path != checkpoints[-1]]

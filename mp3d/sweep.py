@@ -1,4 +1,4 @@
-"""A search over anchor ratios, learning rate and frozen stages, by Ray Tune; ASHA stops what is worse.
+"""A search over anchors, learning rate and frozen stages, by Ray Tune; ASHA stops what is worse.
 
     <storage_path>/<sweep>/
       trials/<id>/     one run each (mp3d.session), with its checkpoints
@@ -88,6 +88,7 @@ def search_space(sweep: SweepConfig) -> dict[str, Any]:
         "optim.lr": tune.loguniform(*sweep.lr),
         "model.head.anchor_ratios": tune.choice([list(ratios) for ratios in sweep.anchor_ratios]),
         "model.frozen_stages": tune.choice(list(sweep.frozen_stages)),
+        "model.head.anchors": tune.choice(list(sweep.anchors)),
     }
 
 
@@ -110,10 +111,12 @@ def _trial(point: dict[str, Any], base: dict[str, Any], folder: str) -> None:
     import torch
     from ray import tune
 
+    from mp3d.fitting import fit_to_data
     from mp3d.session import TuneSession
     from mp3d.train import train
 
     config = trial_config(TrainConfig.model_validate(base), point, Path(folder), tune.get_context().get_trial_id())
+    config = fit_to_data(config, say=lambda line: None)
     torch.set_num_threads(max(1, int(config.launch.cpus_per_worker)))
     run_dir = claim(Path(config.launch.storage_path) / config.name, config)
     train(config.override({"tracking.mode": "disabled"}), TuneSession(run_dir, keep=1))

@@ -80,10 +80,16 @@ def train(config: TrainConfig, session: Session) -> dict[str, float]:
         The metrics of the last epoch.
 
     Raises:
+        ConfigError: anchors that are still to be fitted.
         DataError: the shards cannot be used.
         CheckpointError: ``init_from`` or every checkpoint of the run is damaged, or nothing of ``init_from`` fits.
         TrainingDiverged: a loss was not finite; the message names the batch.
     """
+    head = config.model.head
+    if head.kind == "detection" and head.anchors == "fit":
+        raise ConfigError(
+            "model.head.anchors is 'fit'; have mp3d.fitting.fit_to_data put the fitted numbers there first"
+        )
     shards = open_shards(config.shards)
     positives, spare = training_samples(config, shards)
     stream = Stream(positives, spare, negatives=config.loop.negatives, seed=config.loop.seed)

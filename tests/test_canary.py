@@ -219,8 +219,9 @@ def test_nothing_of_a_patient_is_written(
     monkeypatch.setattr(dicom_folder, "load_volume", defective)
     monkeypatch.setenv("MP3D_ID_KEY_FILE", str(tmp_path / "id_key"))
     shards, out = tmp_path / "shards", tmp_path / "report"
-    arguments = ["--out", str(shards), "--runner", "local", "dicom", "--root", str(planted)]
+    arguments = ["--out", str(shards), "--runner", "local", "--report", "dicom", "--root", str(planted)]
     assert cli.run(lambda: prepare_job.main(arguments)) == 5
+    assert (shards / "passport.html").exists()
     manifest = json.loads((shards / "manifest.json").read_text())
     assert {reject["reason"] for reject in manifest["rejects"]} >= {
         *("NOT_DICOM", "TRUNCATED", "NOT_CT", "MISSING_SLICE", "MISSING_RESCALE", "READER_FAILED", "BAD_STRUCTURE_SET"),

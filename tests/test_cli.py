@@ -1,5 +1,7 @@
 """Command lines: recipes, near names, dry runs, exit codes, and where relative paths lie."""
 
+import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -54,6 +56,8 @@ def test_a_sweep_shows_its_space(capsys: pytest.CaptureFixture[str]):
     assert sweep.main(["synthetic_finetune", "--num-trials", "4", "--base.loop.epochs", "2", "--dry-run"]) == 0
     said = capsys.readouterr().out
     assert "anchor ratios" in said
+    assert "given, fit" in said
+    assert "anchors fitted to the shards" in said
     assert "2 epochs" in said
 
 
@@ -87,6 +91,14 @@ def test_what_stops_a_job_is_one_line_and_an_exit_code(
 
     assert cli.run(main) == code
     assert "Traceback" not in capsys.readouterr().err
+
+
+def test_a_reader_of_the_output_that_has_gone_is_no_defect(monkeypatch: pytest.MonkeyPatch):
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w") as pipe:
+        monkeypatch.setattr(sys, "stdout", pipe)
+        assert cli.run(lambda: print("plan", flush=True)) == 141
 
 
 def test_a_configuration_error_names_the_field(capsys: pytest.CaptureFixture[str]):

@@ -4,7 +4,8 @@ import torch
 from mp3d.config import ClassificationHead, ClipConfig, DetectionHead, ModelConfig
 from mp3d.errors import ConfigError
 from mp3d.models import build_model
-from mp3d.models.anchors import STRIDES, build_anchor_generator
+from mp3d.models.anchor_fit import STRIDES
+from mp3d.models.anchors import build_anchor_generator
 from mp3d.models.detector import LesionDetector
 from mp3d.sample import Clip, Target
 
@@ -49,7 +50,7 @@ def test_finds_the_lesion_it_was_trained_on():
     clip, targets = blob()
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
     losses = []
-    for _ in range(50):
+    for _ in range(80):
         loss = torch.stack(list(model([clip], targets).values())).sum()
         optimizer.zero_grad()
         loss.backward()

@@ -25,6 +25,7 @@ SYNTAXES = (
     uid.ExplicitVRBigEndian,
     uid.DeflatedExplicitVRLittleEndian,
     uid.RLELossless,
+    uid.JPEGLosslessSV1,
     uid.JPEGLSLossless,
     uid.JPEG2000Lossless,
 )
@@ -500,10 +501,10 @@ class TestGrouping:
             ds.PixelData = encapsulate([b"\xff\xd8" + bytes(30)])
             ds["PixelData"].VR = "OB"
             ds["PixelData"].is_undefined_length = True
-        listing = group_series(to_files(slices, uid.JPEGLosslessSV1))
+        listing = group_series(to_files(slices, uid.JPEGBaseline8Bit))
         ((_, refused),) = listing.refused
         assert refused.reason == "UNSUPPORTED_TRANSFER_SYNTAX"
-        assert "JPEG Lossless" in refused.detail
+        assert "JPEG Baseline" in refused.detail
 
 
 class TestBrokenFiles:

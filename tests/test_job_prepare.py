@@ -9,6 +9,7 @@ import pytest
 from jobs import prepare as job
 from mp3d import cli
 from mp3d.data import READERS
+from tests.test_passport import made_series, made_shards
 from tests.test_pictures import write
 
 
@@ -48,6 +49,60 @@ def test_rejects_are_named_on_a_terminal_only_and_decide_the_exit_code(pictures,
     assert str(pictures / "out-private" / "sources.json") in said.out
     assert "1 were refused, --allowed-rejects is 0" in said.err
     assert call("--allowed-rejects", "1", "pictures", "--root", "in") == 0
+
+
+def test_report_writes_the_data_passport_also_of_what_stands_already(pictures, capsys):
+    assert call("--report", "pictures", "--root", "in") == 0
+    said = capsys.readouterr().out
+    assert f"data passport: {pictures / 'out' / 'passport.html'}" in said
+    written = {name: (pictures / "out" / name).read_bytes() for name in ("passport.json", "passport.html")}
+    assert json.loads(written["passport.json"])["splits"]["train"]["images_per_class"] == {"a": 3, "b": 3}
+    for name in written:
+        (pictures / "out" / name).unlink()
+    assert call("--report", "pictures", "--root", "in") == 0
+    assert "already prepared, nothing to do" in capsys.readouterr().out
+    assert {name: (pictures / "out" / name).read_bytes() for name in written} == written
+    assert call("pictures", "--root", "in") == 0
+    assert (pictures / "out" / "passport.json").exists()
+
+
+def test_a_passport_of_what_is_written_anew_goes(pictures, capsys):
+    write(pictures / "in" / "train" / "a" / "broken.jpg", b"no picture")
+    assert call("--report", "pictures", "--root", "in") == 5
+    assert json.loads((pictures / "out" / "passport.json").read_text())["rejects"]["by_reason"] == {"BAD_IMAGE": 1}
+    write(pictures / "in" / "train" / "a" / "broken.jpg")
+    assert call("--retry-rejects", "pictures", "--root", "in") == 0
+    assert not list((pictures / "out").glob("passport.*"))
+
+
+def test_what_is_in_two_data_sets_is_told_with_exit_code_3(pictures, capsys):
+    (pictures / "other" / "test" / "x").mkdir(parents=True)
+    copied = pictures / "other" / "test" / "x" / "renamed.jpg"
+    copied.write_bytes((pictures / "in" / "train" / "a" / "0.jpg").read_bytes())
+    assert cli.run(lambda: job.main(["--out", "held", "--runner", "local", "pictures", "--root", "other"])) == 0
+    assert call("--report", "--compare", "held", "pictures", "--root", "in") == 3
+    log = capsys.readouterr()
+    assert "leak: images of train that are also in test of pictures" in log.err
+    assert "renamed" not in log.out + log.err
+    leaks = json.loads((pictures / "out" / "passport.json").read_text())["leaks"]
+    assert leaks["found"]
+    assert "renamed" not in (pictures / "out" / "passport.html").read_text()
+
+
+def test_what_cannot_be_compared_is_told_with_exit_code_3(tmp_path, capsys):
+    made_shards(tmp_path / "mine", [(made_series("a", fill=1), "test")])
+    made_shards(tmp_path / "theirs", [(made_series("b", fill=2), "train")], key=b"another" * 4)
+    assert cli.run(lambda: job.report(tmp_path / "mine", [tmp_path / "theirs"])) == 3
+    assert "patients cannot be compared with made: prepared with another id key" in capsys.readouterr().err
+    assert (tmp_path / "mine" / "passport.html").exists()
+
+
+def test_compare_belongs_to_the_report(pictures, capsys):
+    assert call("--compare", "held", "pictures", "--root", "in") == 2
+    assert "give --report too" in capsys.readouterr().err
+    assert not (pictures / "out").exists()
+    assert call("--report", "--compare", "held", "pictures", "--root", "in") == 3
+    assert "no prepared data set" in capsys.readouterr().err
 
 
 def test_dry_run_prints_the_plan_and_writes_nothing(pictures, capsys):

@@ -1,6 +1,7 @@
 """Starting runs: claiming a name, asking the cluster first, Ray Train and Ray Tune at work. One Ray for all of it."""
 
 import json
+import os
 import time
 from pathlib import Path
 
@@ -60,6 +61,14 @@ def test_a_worker_lies_on_one_node(bundles: list[dict], nodes: list[dict], expec
 
 
 @pytest.mark.ray
+def test_a_task_that_asked_for_no_gpu_sees_none(ray_cluster: None):
+    import ray
+
+    task = ray.remote(lambda: os.environ.get("CUDA_VISIBLE_DEVICES"))
+    assert ray.get(task.remote()) == ""
+
+
+@pytest.mark.ray
 def test_a_gpu_that_is_not_there_is_refused_before_the_run_exists(ray_cluster: None, ct: Path, tmp_path: Path):
     with pytest.raises(ResourceError, match="GPU"):
         run_training(detector_config(ct, tmp_path, launch__runner="ray", launch__accelerator="gpu"))
@@ -95,6 +104,7 @@ def test_a_sweep_stops_the_worse_and_exports_the_best(ray_cluster: None, ct: Pat
         num_trials=4,
         lr=(2.5e-3, 3.5e-3),
         anchor_ratios=((1.0,), (9.0,)),  # no lesion is nine times as high as it is wide
+        anchors=("given",),
         frozen_stages=(-1, 0),
         grace_epochs=2,
         reduction_factor=2,

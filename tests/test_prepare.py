@@ -1,7 +1,9 @@
 """Listed items to shards: what is refused, what is repeated, what stays the same."""
 
+import errno
 import fcntl
 import json
+import resource
 import stat
 from dataclasses import replace
 from functools import partial
@@ -15,7 +17,7 @@ from mp3d.data.reasons import REASONS
 from mp3d.data.series import CTSeries, Picture, Truth
 from mp3d.data.shard import MANIFEST, decode_image, open_shards
 from mp3d.data.source import Item, PictureBatch, Source
-from mp3d.errors import ConfigError, DataError, Refusal
+from mp3d.errors import ConfigError, DataError, Refusal, ResourceError
 from tests.tiny import blob_series
 
 KEY = b"k" * 32
@@ -154,6 +156,49 @@ def test_killed_and_repeated_gives_the_same_bytes(tmp_path, killed_after):
     assert not result.already_prepared
     assert [numbers[:2] for numbers in told] == [(done, 9) for done in range(killed_after, 10)]
     assert told[-1] == (9, 9, 66, 4)
+
+
+def full() -> CTSeries:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("file", ["plan.json", "part-00003.parquet", "part-00003.json", "sources.json", MANIFEST])
+def test_full_disk_is_said_and_the_same_command_goes_on(tmp_path, monkeypatch, file):
+    run(broken_source(), tmp_path / "whole")
+
+    def replace_or_fail(self: Path, target: Path, rename=Path.replace) -> Path:
+        return full() if Path(target).name == file else rename(self, target)  # type: ignore[return-value]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", replace_or_fail)
+        with pytest.raises(ResourceError, match="no room is left to write into .*No space left on device.*goes on"):
+            run(broken_source(), tmp_path / "cut")
+    left = content(tmp_path / "cut")
+    assert left.items() <= content(tmp_path / "whole").items(), "whole files or none"
+    assert MANIFEST not in left
+    run(broken_source(), tmp_path / "cut")
+    assert content(tmp_path / "cut") == content(tmp_path / "whole")
+
+
+def test_full_disk_in_the_middle_of_a_part_leaves_nothing_of_it(tmp_path):
+    run(make_source(), tmp_path / "whole")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**14, limits[1]))  # a part has 20 KiB
+    try:
+        with pytest.raises(ResourceError, match="no room"):
+            run(make_source(), tmp_path / "cut")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert list(content(tmp_path / "cut")) == ["plan.json"]
+    run(make_source(), tmp_path / "cut")
+    assert content(tmp_path / "cut") == content(tmp_path / "whole")
+
+
+def test_full_disk_is_no_fault_of_the_item_that_met_it(tmp_path):
+    source = make_source(2)
+    with pytest.raises(ResourceError, match="no room"):
+        run(replace(source, items=(*source.items, Item("x", "x", None, full))), tmp_path / "out")
+    assert "part-00002.json" not in content(tmp_path / "out")
 
 
 def test_finished_folder_is_only_checked(tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """Ray Data and the plain loop write the same bytes."""
 
+import errno
 import os
 from dataclasses import replace
 from functools import partial
@@ -9,7 +10,9 @@ import pytest
 
 from mp3d.data.pictures import read_picture_folders
 from mp3d.data.prepare import prepare
+from mp3d.data.series import CTSeries
 from mp3d.data.source import Item, Source
+from mp3d.errors import ResourceError
 from tests.test_pictures import jpeg, write
 
 KEY = b"k" * 32
@@ -51,3 +54,17 @@ def test_ray_and_local_runner_write_the_same_bytes(tmp_path):
     (tmp_path / "ray" / "part-00002.parquet").unlink()
     prepare(source, tmp_path / "ray", id_key=KEY, runner="local", items_per_part=2)
     assert {p.name: p.read_bytes() for p in (tmp_path / "ray").iterdir()} == contents[0]
+
+
+def full() -> CTSeries:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_cluster")
+def test_full_disk_of_a_task_arrives_as_our_error(tmp_path):
+    source = made_source(tmp_path / "in")
+    source = replace(source, items=(*source.items, Item("x", "x", "train", full)))
+    with pytest.raises(ResourceError, match=r"no room is left.*\(.*No space left on device\)"):
+        prepare(source, tmp_path / "out", id_key=KEY, runner="ray")
+    assert not (tmp_path / "out" / "manifest.json").exists()

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from mp3d.config import TrainConfig
+from mp3d.config import DetectionHead, TrainConfig
 from mp3d.models import build_model
 from mp3d.recipes import FINETUNE, PRETRAIN, Recipe
 
@@ -52,3 +52,14 @@ def test_the_paper_recipe_is_the_published_one():
     assert (config.optim.algorithm, config.optim.lr, config.optim.milestones) == ("sgd", 0.02, (16, 22))
     assert config.loop.batch_size * config.loop.num_workers == 16
     assert config.loop.epochs == 24
+    head = config.model.head
+    assert isinstance(head, DetectionHead)
+    assert (head.anchors, head.anchor_sizes_px) == ("given", ((16,), (32,), (64,), (128,), (256,)))
+    assert head.anchor_ratios == (0.5, 1, 2)
+
+
+@pytest.mark.parametrize("recipe", FINETUNE, ids=lambda recipe: recipe.__name__)
+def test_anchors_are_fitted_but_in_the_paper_recipes(recipe: Recipe):
+    head = recipe().model.head
+    assert isinstance(head, DetectionHead)
+    assert (head.anchors == "given") == recipe.__name__.endswith("_paper")

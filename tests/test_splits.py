@@ -1,5 +1,7 @@
 """Patients and splits."""
 
+from dataclasses import replace
+
 import pytest
 
 from mp3d.data.source import Item
@@ -15,6 +17,10 @@ def items(patients: int, split: str | None = None, first: int = 0) -> list[Item]
         for i in range(first, first + patients)
         for series in range(2)
     ]
+
+
+def canaries(split: str) -> list[Item]:
+    return [replace(item, key=f"CANARY/{item.key}", patient="CANARY") for item in items(1, split)]
 
 
 def sizes(splits: dict[str, str]) -> list[int]:
@@ -55,14 +61,17 @@ def test_official_split_is_kept_also_for_other_series_of_the_patient():
     assert sizes({p: s for p, s in splits.items() if int(p[1:]) >= 10}) == [2, 1, 1]
 
 
-def test_one_patient_in_two_splits_is_refused():
-    with pytest.raises(DataError, match="in two splits"):
-        assign_splits([*items(1, "train"), *items(1, "val")], FRACTIONS, 0)
+def test_one_patient_in_two_splits_is_refused_and_not_named():
+    told = "one patient is in two splits: item 3 of 6 in train, item 5 in val; mend"
+    with pytest.raises(DataError, match=told) as refused:
+        assign_splits([*items(1), *canaries("train"), *canaries("val")], FRACTIONS, 0)
+    assert "CANARY" not in str(refused.value)
 
 
-def test_unknown_split_is_refused():
-    with pytest.raises(DataError, match="'valid'"):
-        assign_splits(items(1, "valid"), FRACTIONS, 0)
+def test_unknown_split_is_refused_and_nobody_named():
+    with pytest.raises(DataError, match="item 3 of 4 is in split 'valid'; splits are train, val, test") as refused:
+        assign_splits([*items(1), *canaries("valid")], FRACTIONS, 0)
+    assert "CANARY" not in str(refused.value)
 
 
 @pytest.mark.parametrize("fractions", [(0.7, 0.2, 0.2), (1.2, -0.1, -0.1), (float("nan"), 0.5, 0.5)])

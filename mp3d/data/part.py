@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import pickle
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -20,6 +21,7 @@ from mp3d.data.shard import (
     entry_as_dict,
     entry_from_dict,
     hashed_id,
+    is_disk_full,
     json_text,
     picture_rows,
     series_rows,
@@ -121,6 +123,8 @@ def run_on_ray(parts: Sequence[Part]) -> Iterator[tuple[int, int]]:
         rows = [{"part": cloudpickle.dumps(part)} for part in parts]  # pyright: ignore[reportPrivateImportUsage]
         reports = ray.data.from_items(rows, override_num_blocks=len(rows)).map(_prepare_pickled, num_cpus=1)
         for report in reports.iter_rows():
+            if report["disk_full"]:
+                raise OSError(report["disk_full"], os.strerror(report["disk_full"]))
             yield report["rows"], report["rejects"]
 
 
@@ -131,20 +135,28 @@ def quiet_ray_data() -> None:
 
 
 def _prepare_pickled(row: dict[str, Any]) -> dict[str, Any]:
-    rows, rejects = prepare_part(pickle.loads(row["part"]))
-    return {"rows": rows, "rejects": rejects}
+    """Rows, rejects, and the ``errno`` of a full disk, else 0: Ray would wrap the error, and print where it was."""
+    try:
+        rows, rejects = prepare_part(pickle.loads(row["part"]))
+    except OSError as error:
+        if not is_disk_full(error):
+            raise
+        return {"rows": 0, "rejects": 0, "disk_full": error.errno}
+    return {"rows": rows, "rejects": rejects, "disk_full": 0}
 
 
 def _load_rows(item: Item, split: str, origin: Origin) -> tuple[list[Row], Sequence[str], Refused]:
-    """Rows, warnings and refusals of one item, whatever its reader does."""
+    """Rows, warnings and refusals of one item, whatever its reader does; only for a full disk no item is to blame."""
     try:
         loaded = item.load()
         if isinstance(loaded, CTSeries):
             return series_rows(loaded, split, origin), loaded.warnings, ()
-        return picture_rows(loaded.pictures, split, origin), (), loaded.refused
+        return picture_rows(loaded.pictures, split, origin), loaded.warnings, loaded.refused
     except Refusal as refusal:
         return [], (), [(item.key, refusal)]
     except Exception as error:
+        if is_disk_full(error):
+            raise
         # A reader, perhaps not ours, on strangers' files: one series must not stop the thousands after it. Its message
         # is not kept, for it may name the patient; the place in the code is enough to find the defect.
         place = extract_tb(error.__traceback__)[-1]

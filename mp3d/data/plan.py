@@ -6,7 +6,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any, TextIO
 
-from mp3d.data.shard import ASIDE_PATTERN, FORMAT_VERSION, hashed_id, json_text, write_aside
+from mp3d.data.shard import ASIDE_PATTERN, FORMAT_VERSION, hashed_id, is_disk_full, json_text, write_aside
 from mp3d.data.source import Source
 from mp3d.errors import ConfigError
 
@@ -41,6 +41,7 @@ def claim(out: Path, plan: dict[str, Any]) -> TextIO:
 
     Raises:
         ConfigError: the folder cannot be made, holds something else, was begun with another plan, or is being prepared.
+        OSError: the disk is full.
     """
     path = out / PLAN
     try:
@@ -52,6 +53,8 @@ def claim(out: Path, plan: dict[str, Any]) -> TextIO:
             write_aside(path, json_text(plan))
         file = path.open("r+")
     except OSError as error:
+        if is_disk_full(error):
+            raise
         raise ConfigError(f"{out} cannot be made or written: {error}") from error
     try:
         _lock(file, out)

@@ -5,8 +5,10 @@ again, and ends with the very files of one that was not. A part is complete when
 its manifest stands.
 """
 
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -20,6 +22,7 @@ from mp3d.data.shard import (
     SeriesEntry,
     entry_as_dict,
     hashed_id,
+    is_disk_full,
     json_text,
     manifest_text,
     write_aside,
@@ -27,7 +30,7 @@ from mp3d.data.shard import (
 )
 from mp3d.data.source import Source
 from mp3d.data.splits import SPLITS, SplitFractions, assign_splits
-from mp3d.errors import ConfigError, DataError
+from mp3d.errors import ConfigError, DataError, ResourceError
 
 SOURCES = "sources.json"
 
@@ -88,13 +91,14 @@ def prepare(
         ConfigError: wrong options, or a folder that holds something else, was begun with another plan, or is being
             prepared.
         DataError: nothing to prepare or nothing usable, or one patient in two splits.
+        ResourceError: the disk is full; what was finished stands.
     """
     out = out.absolute()
     splits = assign_splits(source.items, split_fractions, split_seed)
     parts = _parts(source, splits, out, id_key, items_per_part)
     rule = {"items_per_part": items_per_part, "split_fractions": list(split_fractions), "split_seed": split_seed}
     plan = make_plan(source, id_key, rule)
-    with claim(out, plan):
+    with room_on_disk(out), claim(out, plan):
         reports = {part.index: report for part in parts if (report := finished(part))}
         if retry_rejects:
             reports = {index: report for index, report in reports.items() if not report.rejects}
@@ -118,7 +122,7 @@ def prepare(
             )
         _check_patients(entries)
         content = {
-            **{name: value for name, value in plan.items() if name not in ("id_key", "items")},
+            **{name: value for name, value in plan.items() if name != "items"},
             "notes": list(source.notes),
             "official_splits": sum(item.split is not None for item in source.items),
             "counts": _count(entries),
@@ -137,6 +141,18 @@ def prepare(
         private=private,
         already_prepared=already_prepared,
     )
+
+
+@contextmanager
+def room_on_disk(out: Path) -> Iterator[None]:
+    """Every file is written aside and then renamed, so a full disk leaves whole files or none."""
+    try:
+        yield
+    except OSError as error:
+        if not is_disk_full(error):
+            raise
+        detail = f"no room is left to write into {out} or beside it ({os.strerror(error.errno or 0)})"
+        raise ResourceError(f"{detail}; free some, then give the same command again: it goes on") from error
 
 
 def _parts(source: Source, splits: dict[str, str], out: Path, id_key: bytes, items_per_part: int) -> list[Part]:

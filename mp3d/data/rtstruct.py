@@ -4,19 +4,23 @@ import re
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, UInt8
 from pydicom.dataset import Dataset
 from pydicom.filereader import read_dataset
 
-from mp3d.data.dicom.elements import open_body
+from mp3d.data.decode import Pool, Request
+from mp3d.data.dicom.elements import check_structure, open_body
 from mp3d.data.dicom.header import Header
+from mp3d.data.dicom.isolated import as_header, as_plain
 from mp3d.data.masks import fill_contours
 from mp3d.data.series import Volume
 from mp3d.errors import Refusal
 
-LESION_ROI = r"(?i)gtv|lesion|tumou?r|nodule|mass|metasta"
+LESION_ROI = r"(?i)gtv|lesion|tumou?r|neoplas|nodule|mass|metasta"
 """Names of regions that outline a lesion, rather than an organ or a treatment volume."""
 PLANE_TOLERANCE = 0.25
 """A contour may lie off its slice by this share of the slice spacing."""
@@ -51,10 +55,41 @@ def read_structure_set(header: Header, roi: str = LESION_ROI) -> StructureSet:
     with body.file, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # pydicom's warnings quote values, which may name a patient
         try:
+            check_structure(body)
             return _structure_set(read_dataset(body.file, body.implicit_vr, body.little_endian), re.compile(roi))
+        except Refusal as refusal:
+            raise Refusal("BAD_STRUCTURE_SET", refusal.detail) from refusal
         except Exception as error:  # pydicom raises whatever its parsing of broken bytes runs into
             detail = f"the RT Structure Set cannot be parsed ({type(error).__name__}); export it again"
             raise Refusal("BAD_STRUCTURE_SET", detail) from error
+
+
+def read_isolated(header: Header, roi: str, pool: Pool) -> StructureSet:
+    """:func:`read_structure_set` in a worker.
+
+    Raises:
+        Refusal: as there and :meth:`~mp3d.data.decode.Pool.call`.
+    """
+    arguments = {"header": as_plain(header), "roi": roi}
+    sent, points = pool.call(Request("read_structure_set", header.source, arguments, "the RT Structure Set"))
+    ends = np.cumsum([count for region in sent["regions"] for count in region])
+    contours = iter(np.split(points.astype(np.float64).reshape(-1, 3), ends[:-1]) if len(ends) else [])
+    return StructureSet(
+        series_instance_uids=frozenset(map(str, sent["series_instance_uids"])),
+        frame_of_reference_uids=frozenset(map(str, sent["frame_of_reference_uids"])),
+        regions=tuple(tuple(next(contours) for _ in region) for region in sent["regions"]),
+    )
+
+
+def structure_set_task(
+    source: Path | bytes, header: dict[str, Any], roi: str
+) -> tuple[dict[str, Any], Float[np.ndarray, "n 3"]]:
+    """What a worker does for :func:`read_isolated`: references and the lengths of contours; the points of all."""
+    read = read_structure_set(as_header(header, source), roi)
+    contours = [contour for region in read.regions for contour in region]
+    lengths = [[len(contour) for contour in region] for region in read.regions]
+    uids = {name: sorted(getattr(read, name)) for name in ("series_instance_uids", "frame_of_reference_uids")}
+    return uids | {"regions": lengths}, np.concatenate([np.empty((0, 3)), *contours])
 
 
 def mask_from_contours(regions: Sequence[Sequence[Contour]], volume: Volume) -> tuple[UInt8[np.ndarray, "d h w"], int]:

@@ -21,25 +21,27 @@ def assign_splits(items: Sequence[Item], fractions: SplitFractions, seed: int) -
 
     Raises:
         ConfigError: the fractions are no shares of 1.
-        DataError: the data set puts one patient in two splits, or in one that is not of :data:`SPLITS`.
+        DataError: the data set puts one patient in two splits, or in one that is not of :data:`SPLITS`; the message
+            counts items in the order given and names none.
     """
     if min(fractions) < 0 or not math.isclose(sum(fractions), 1, abs_tol=1e-6):
         raise ConfigError(f"split fractions are {fractions}; they must be shares of train, val and test that sum to 1")
-    official: dict[str, Item] = {}
-    for item in items:
+    official: dict[str, tuple[int, str]] = {}
+    for number, item in enumerate(items, 1):  # keys may name patients, and messages go into logs
         if item.split is None:
             continue
         if item.split not in SPLITS:
-            raise DataError(f"{item.key} is in split {item.split!r}; splits are {', '.join(SPLITS)}")
-        first = official.setdefault(item.patient, item)
-        if first.split != item.split:
+            known = ", ".join(SPLITS)
+            raise DataError(f"item {number} of {len(items)} is in split {item.split!r}; splits are {known}")
+        first, split = official.setdefault(item.patient, (number, item.split))
+        if split != item.split:
             raise DataError(
-                f"one patient is in two splits: {first.key} in {first.split}, {item.key} in {item.split}; mend it"
+                f"one patient is in two splits: item {first} of {len(items)} in {split}, item {number} in "
+                f"{item.split}; mend the splits of the data set"
             )
     drawn = sorted({item.patient for item in items} - official.keys(), key=lambda patient: _place(patient, seed))
     names = [name for name, size in zip(SPLITS, _sizes(len(drawn), fractions), strict=True) for _ in range(size)]
-    kept = {patient: item.split for patient, item in official.items() if item.split is not None}
-    return kept | dict(zip(drawn, names, strict=True))
+    return {patient: split for patient, (_, split) in official.items()} | dict(zip(drawn, names, strict=True))
 
 
 def _place(patient: str, seed: int) -> tuple[bytes, str]:

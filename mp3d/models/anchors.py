@@ -12,9 +12,7 @@ from torchvision.models.detection.image_list import ImageList
 
 from mp3d.config import DetectionHead
 from mp3d.errors import ConfigError
-
-STRIDES = (4, 8, 16, 32, 64)
-"""Pixels between the cells of P2..P6."""
+from mp3d.models.anchor_fit import STRIDES
 
 
 class PyramidAnchors(AnchorGenerator):

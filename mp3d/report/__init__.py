@@ -1,5 +1,6 @@
-"""The evaluation report: one HTML file that needs nothing beside it."""
+"""HTML pages that need nothing beside them: the evaluation report, and the passport of prepared data."""
 
 from mp3d.report.page import write_report
+from mp3d.report.passport import PASSPORT_HTML, PASSPORT_JSON, Passport, write_passport
 
-__all__ = ["write_report"]
+__all__ = ["PASSPORT_HTML", "PASSPORT_JSON", "Passport", "write_passport", "write_report"]

@@ -88,7 +88,7 @@ def draw_key_slice(
             corner = (max(box[0], x1), max(box[1], y1 + 0.07 * (y2 - y1)))
             close.annotate(f"{score:.2f}", corner, (2, 4), color=FOUND_COLOUR, **LABEL)
     _draw_scale_bar(close, (x1, y1, x2, y2), column_mm)
-    return _png(figure)
+    return png_bytes(figure)
 
 
 def draw_froc(curves: Mapping[str, FrocResult]) -> bytes:
@@ -112,12 +112,9 @@ def draw_froc(curves: Mapping[str, FrocResult]) -> bytes:
     axes.set(xlim=(LOWEST_FPS, ticks[-1] * 1.08), ylim=(0, 1.02), yticks=np.linspace(0, 1, 6))
     axes.set_xlabel("False positives per image", color=INK)
     axes.set_ylabel("Sensitivity", color=INK)
-    axes.grid(color="#e4e7eb", linewidth=0.8)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color("#9aa5b1")
-    axes.tick_params(colors=INK, length=0, pad=6)
+    style_axes(axes)
     _label_ends(axes, curves)
-    return _png(figure)
+    return png_bytes(figure)
 
 
 def _label_ends(axes: Axes, curves: Mapping[str, FrocResult]) -> None:
@@ -185,7 +182,16 @@ def _pixels(start: float, stop: float, size: int) -> slice:
     return slice(int(np.clip(np.floor(start), 0, size)), int(np.clip(np.ceil(stop), 0, size)))
 
 
-def _png(figure: Figure) -> bytes:
+def style_axes(axes: Axes) -> None:
+    """A light grid, no frame, no tick marks."""
+    axes.grid(color="#e4e7eb", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color("#9aa5b1")
+    axes.tick_params(colors=INK, length=0, pad=6)
+
+
+def png_bytes(figure: Figure) -> bytes:
     buffer = BytesIO()
     figure.savefig(buffer, format="png", facecolor=figure.get_facecolor())
     return buffer.getvalue()

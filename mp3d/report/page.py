@@ -5,17 +5,14 @@ Beside the page lie ``froc.png`` and ``metrics.json`` with the same numbers for 
 
 import json
 import math
-from base64 import b64encode
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
-
-from jinja2 import Environment, StrictUndefined, Template
 
 from mp3d.evaluation import Evaluation
 from mp3d.metrics.froc import FrocResult
 from mp3d.report.figures import FOUND_COLOUR, TRUE_COLOUR, display_window, draw_froc, draw_key_slice
 from mp3d.report.gallery import Exhibit, choose_exhibits
+from mp3d.report.html import data_url, signed, template
 
 
 def write_report(path: Path, evaluation: Evaluation) -> Path:
@@ -27,12 +24,12 @@ def write_report(path: Path, evaluation: Evaluation) -> Path:
     curves = {evaluation.name: evaluation.froc, **evaluation.comparisons}
     froc_png = draw_froc(curves)
     operating_fps = min(evaluation.protocol.fps_per_image, key=lambda fps: abs(fps - 1))
-    page = _template().render(
+    page = template("page.html.j2").render(
         evaluation=evaluation,
         froc=evaluation.froc,
         protocol=evaluation.protocol,
         curves=curves,
-        froc_image=_data_url(froc_png),
+        froc_image=data_url(froc_png),
         operating_fps=operating_fps,
         threshold=evaluation.froc.threshold_at[operating_fps],
         sections=_sections(evaluation, evaluation.froc.threshold_at[operating_fps]),
@@ -77,13 +74,13 @@ def _card(exhibit: Exhibit, threshold: float) -> dict[str, Any]:
     window = display_window(exhibit.image, exhibit.focus)
     width_mm, height_mm = exhibit.size_mm
     return {
-        "image": _data_url(draw_key_slice(exhibit.image, result, exhibit.focus, threshold, window)),
+        "image": data_url(draw_key_slice(exhibit.image, result, exhibit.focus, threshold, window)),
         "alt": f"Slice {result.z_index} of series {result.series}, {exhibit.verdict}; whole slice and close-up",
         "verdict": exhibit.verdict,
         "score": exhibit.score,
         "iou": exhibit.iou,
         "size": f"{width_mm:.0f} × {height_mm:.0f} mm",
-        "window": f"{window.name} window {_signed(window.low)} to {_signed(window.high)} HU",
+        "window": f"{window.name} window {signed(window.low)} to {signed(window.high)} HU",
         "patient": result.patient,
         "series": result.series,
         "z_index": result.z_index,
@@ -121,26 +118,3 @@ def _numbers(evaluation: Evaluation) -> dict[str, Any]:
         "comparisons": {name: curve(result) for name, result in evaluation.comparisons.items()},
         "provenance": dict(evaluation.provenance),
     }
-
-
-def _template() -> Template:
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["fraction"] = "{:.3f}".format
-    environment.filters["score"] = _score
-    environment.filters["signed"] = lambda value: _signed(value, "+.3f")
-    environment.filters["count"] = lambda value: f"{value:,}".replace(",", " ")
-    return environment.from_string((files("mp3d.report") / "page.html.j2").read_text(encoding="utf-8"))
-
-
-def _score(value: float) -> str:
-    if math.isnan(value):
-        return "–"
-    return f"{value:.3f}" if value >= 0.0005 else "< 0.001"
-
-
-def _signed(value: float, spec: str = "") -> str:
-    return format(value, spec).replace("-", "−")
-
-
-def _data_url(png: bytes) -> str:
-    return "data:image/png;base64," + b64encode(png).decode()

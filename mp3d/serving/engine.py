@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import traceback
 import warnings
 from collections import Counter
@@ -13,6 +14,7 @@ from time import perf_counter
 
 from mp3d.checkpoint import Checkpoint
 from mp3d.config import ServeConfig
+from mp3d.data.decode import Pool
 from mp3d.data.dicom import Listing, SeriesFiles, StoredSlice, group_series, load_volume
 from mp3d.data.series import Volume
 from mp3d.errors import Refusal
@@ -37,6 +39,7 @@ class Engine:
         self.predictor = predictor
         self.model = model
         self.config = config
+        self.pool = Pool(num_workers=math.ceil(config.cpus_per_replica))
 
     def answer(
         self, body: bytes, threshold: float | None = None, progress: Callable[[int, int], None] | None = None
@@ -52,7 +55,7 @@ class Engine:
         """
         threshold = self.config.score_threshold if threshold is None else threshold
         started = perf_counter()
-        series = read_series(body, self.config)
+        series = read_series(body, self.config, self.pool)
         read = perf_counter()
         findings = self.predictor.find_lesions(series.volume, threshold, progress=progress)
         detected = perf_counter()
@@ -105,18 +108,18 @@ class ReadSeries:
     warnings: tuple[str, ...]
 
 
-def read_series(body: bytes, config: ServeConfig) -> ReadSeries:
-    """The one CT series of a zip; the unpacked files are gone when this returns.
+def read_series(body: bytes, config: ServeConfig, pool: Pool | None = None) -> ReadSeries:
+    """The one CT series of a zip, parsed and decoded by ``pool``; the unpacked files are gone when this returns.
 
     Raises:
         Rejected: the zip, or what is in it, is not that.
     """
     files = unpack(body, max_files=config.max_slices, max_bytes=config.max_unpacked_mb * MB)
     with silent_pydicom():
-        listing = group_series(files, config.geometry)
+        listing = group_series(files, config.geometry, pool)
         series = the_series(listing, len(files))
         try:
-            volume, stored, codes = load_volume(series, config.geometry)
+            volume, stored, codes = load_volume(series, config.geometry, pool)
         except Refusal as refusal:
             raise Rejected(refusal.reason, refusal.detail) from refusal
     if listing.refused or listing.objects:

@@ -5,28 +5,38 @@ there on a frame is a slice like any other.
 """
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Int16
 from pydicom import uid
 from pydicom.dataset import Dataset
 from pydicom.filereader import read_dataset
 from pydicom.multival import MultiValue
 from pydicom.tag import Tag
 
-from mp3d.data.dicom.elements import ITEM, PIXEL_DATA, SEQUENCE_DELIMITER, File, Pixels, open_body
+from mp3d.data.dicom.elements import ITEM, PIXEL_DATA, File, Pixels, check_structure, open_body, open_source
 from mp3d.data.dicom.header import MULTIFRAME_CLASSES, Header, read_header
-from mp3d.data.dicom.pixels import NATIVE, check_pixel_format, read_hu
+from mp3d.data.dicom.pixels import NATIVE, check_pixel_format
 from mp3d.errors import Refusal
 
 MAX_FRAMES = 4096
 SHARED, PER_FRAME = "SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence"
 CONVERTED = ("UnassignedPerFrameConvertedAttributesSequence", "UnassignedSharedConvertedAttributesSequence")
 """Where a legacy-converted image keeps elements of the original files that have no functional group."""
+
+
+def image_headers(source: Path | bytes, name: str) -> list[Header]:
+    """The header of a DICOM file of any kind, or those of the frames of a multi-frame CT.
+
+    Raises:
+        Refusal: as :func:`~mp3d.data.dicom.header.read_header` and :func:`frame_headers`.
+    """
+    header = read_header(source, name)
+    several = header.sop_class_uid in MULTIFRAME_CLASSES or header.number_of_frames != 1
+    return frame_headers(header) if header.is_ct and several else [header]
 
 
 def frame_headers(header: Header) -> list[Header]:
@@ -63,24 +73,11 @@ def frame_headers(header: Header) -> list[Header]:
         raise Refusal("BAD_HEADER", f"{header.label}: {detail}") from error
 
 
-def slice_reader() -> Callable[[Header], Int16[np.ndarray, "h w"]]:
-    """:func:`~mp3d.data.dicom.pixels.read_hu` for files and frames alike; finds the frames of a file once."""
-    places: dict[Path | bytes, list[tuple[int, int]]] = {}
-
-    def read(header: Header) -> Int16[np.ndarray, "h w"]:
-        if not header.frame or header.transfer_syntax in NATIVE:
-            return read_hu(header)
-        if header.source not in places:
-            places[header.source] = _compressed_frames(header)
-        return read_hu(_alone(header, places[header.source]))
-
-    return read
-
-
 def _functional_groups(header: Header) -> tuple[Dataset, list[Dataset]]:
     body = open_body(header.source)
     with body.file, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # pydicom's warnings quote values, which may name a patient
+        check_structure(body)
         try:
             dataset = read_dataset(
                 body.file,
@@ -149,11 +146,13 @@ def _frame(header: Header, number: int, pixels: Pixels | None, groups: _Groups) 
     )
 
 
-def _frame_pixels(header: Header) -> list[Pixels | None]:
-    """Where the pixels of each frame lie; of compressed frames, where those of all lie."""
+def _frame_pixels(header: Header) -> Sequence[Pixels | None]:
+    """Where the pixels of each frame lie."""
     count, pixels = header.number_of_frames, header.pixels
+    if pixels is not None and pixels.length is None and header.transfer_syntax not in NATIVE:
+        return _compressed_frames(header, pixels.offset)
     if pixels is None or pixels.length is None or header.transfer_syntax not in NATIVE:
-        return [pixels] * count
+        return [pixels] * count  # for check_pixel_format to refuse
     length = header.rows * header.columns * 2
     if pixels.length != count * length:
         raise Refusal(
@@ -164,38 +163,17 @@ def _frame_pixels(header: Header) -> list[Pixels | None]:
     return [Pixels(pixels.offset + index * length, length) for index in range(count)]
 
 
-def _alone(header: Header, places: list[tuple[int, int]]) -> Header:
-    """A compressed frame as a file of its own, in memory."""
-    start, stop = places[header.frame - 1]
-    body = open_body(header.source)
-    with body.file:
-        body.file.seek(start)
-        fragments = body.file.read(stop - start)
-    syntax = header.transfer_syntax.encode()
-    syntax += b"\0" * (len(syntax) % 2)
-    meta = b"\x02\x00\x10\x00UI" + len(syntax).to_bytes(2, "little") + syntax
-    pixel_data = b"\xe0\x7f\x10\x00OB\0\0\xff\xff\xff\xff"
-    before = bytes(128) + b"DICM" + meta + pixel_data
-    no_offsets = ITEM + bytes(4)
-    file = before + no_offsets + fragments + SEQUENCE_DELIMITER + bytes(4)
-    return replace(header, source=file, pixels=Pixels(len(before), None))
-
-
-def _compressed_frames(header: Header) -> list[tuple[int, int]]:
-    """Where the fragments of each frame begin and end (DICOM PS3.5 A.4): one each, or as the offset table says."""
-    whole = read_header(header.source)
-    if whole.pixels is None:
-        raise ValueError("the file has no pixels; check_pixel_format comes first")
-    body = open_body(header.source)
-    with body.file:
-        body.file.seek(whole.pixels.offset)
-        table, starts, end = _fragments(body.file)
+def _compressed_frames(header: Header, offset: int) -> list[Pixels]:
+    """Where the fragments of each frame lie (DICOM PS3.5 A.4): one each, or as the offset table says."""
+    with open_source(header.source) as file:
+        file.seek(offset)
+        table, starts, end = _fragments(file)
     offsets = np.frombuffer(table[: len(table) // 4 * 4], "<u4").tolist()
-    bounds = [starts[0] + offset for offset in offsets] if starts and offsets else starts
-    if len(bounds) != whole.number_of_frames or not set(bounds) <= set(starts) or sorted(set(bounds)) != bounds:
-        detail = f"Pixel Data (7FE0,0010) does not hold the {whole.number_of_frames} frames (0028,0008) of the header"
-        raise Refusal("DECODE_FAILED", f"{whole.label}: {detail}; copy or export it again")
-    return list(pairwise([*bounds, end]))
+    bounds = [starts[0] + start for start in offsets] if starts and offsets else starts
+    if len(bounds) != header.number_of_frames or not set(bounds) <= set(starts) or sorted(set(bounds)) != bounds:
+        detail = f"Pixel Data (7FE0,0010) does not hold the {header.number_of_frames} frames (0028,0008) of the header"
+        raise Refusal("DECODE_FAILED", f"{header.label}: {detail}; copy or export it again")
+    return [Pixels(start, stop - start) for start, stop in pairwise([*bounds, end])]
 
 
 def _fragments(file: File) -> tuple[bytes, list[int], int]:
@@ -208,7 +186,6 @@ def _fragments(file: File) -> tuple[bytes, list[int], int]:
         if tag != ITEM:
             return table, starts[1:], at
         if not starts:
-            table = file.read(length)
-        else:
-            file.seek(length, 1)
+            table = file.read(min(length, 4 * MAX_FRAMES))
+        file.seek(at + 8 + length)
         starts.append(at)

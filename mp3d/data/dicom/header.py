@@ -34,6 +34,7 @@ class Header:
     name: str
     source: Path | bytes
     transfer_syntax: str
+    little_endian: bool
     sop_class_uid: str
     sop_instance_uid: str
     study_instance_uid: str
@@ -74,6 +75,11 @@ class Header:
     """Stack ID and Temporal Position Index of a frame, where it has them."""
 
     @property
+    def is_ct(self) -> bool:
+        """By modality and class; where one is empty (over-anonymised, or cut off), the other decides."""
+        return self.modality in ("CT", "") and (self.sop_class_uid in CT_CLASSES or not self.sop_class_uid)
+
+    @property
     def label(self) -> str:
         """What messages call it: neither UID nor file name."""
         if self.frame:
@@ -96,6 +102,7 @@ def read_header(source: Path | bytes, name: str = "") -> Header:
         name=name,
         source=source,
         transfer_syntax=body.transfer_syntax,
+        little_endian=body.little_endian,
         sop_class_uid=values.text("SOPClassUID") or meta.text("MediaStorageSOPClassUID"),
         sop_instance_uid=values.text("SOPInstanceUID") or meta.text("MediaStorageSOPInstanceUID"),
         study_instance_uid=values.text("StudyInstanceUID"),

@@ -10,9 +10,10 @@ import numpy as np
 from pydicom import uid
 
 from mp3d.config import GeometryPolicy
+from mp3d.data.decode import Pool, shared_pool
+from mp3d.data.dicom import isolated
 from mp3d.data.dicom.acquisitions import slice_normal, split_by_acquisition, split_by_spacing
-from mp3d.data.dicom.frames import frame_headers
-from mp3d.data.dicom.header import CT_CLASSES, MULTIFRAME_CLASSES, Header, read_header
+from mp3d.data.dicom.header import Header
 from mp3d.data.dicom.pixels import check_pixel_format
 from mp3d.data.files import walk
 from mp3d.errors import Refusal
@@ -81,34 +82,33 @@ class Listing(NamedTuple):
     objects: list[Header]
 
 
-def group_series(files: Path | Mapping[str, bytes], policy: GeometryPolicy | None = None) -> Listing:
+def group_series(
+    files: Path | Mapping[str, bytes], policy: GeometryPolicy | None = None, pool: Pool | None = None
+) -> Listing:
     """Read the headers of all files under a folder, or of named bytes, and group them into CT series.
 
     A series is one Series Instance UID without its localizers and projections. Where positions repeat, it is split by
     Acquisition Number, Convolution Kernel or Image Type, whichever makes them unique: phases or reconstructions of one
     range. Where the slices are uneven and ``policy`` does not have them resampled, it is split by Image Type or
     Convolution Kernel if that makes them even: stacks of several spacings. A broken file is refused alone; whether the
-    rest is a regular stack is for ``load_volume`` to say.
+    rest is a regular stack is for ``load_volume`` to say. The files are parsed by ``pool``, or the process' own.
     """
     policy = policy or GeometryPolicy()
+    pool = pool or shared_pool()
     listing = Listing([], [], [])
     groups: dict[tuple, list[Header]] = defaultdict(list)
     for name, source in _sources(files):
         try:
-            header = read_header(source, name)
+            images = isolated.image_headers(source, name, pool)
         except Refusal as refusal:
             if refusal.reason != "NOT_DICOM" or not _is_companion(name):
                 listing.refused.append((name, refusal))
             continue
+        header = images[0]
         if header.modality in OBJECT_MODALITIES or header.sop_class_uid == uid.MediaStorageDirectoryStorage:
             listing.objects.append(header)
         else:
-            try:
-                images = [header] if _is_single_frame(header) else frame_headers(header)
-            except Refusal as refusal:
-                listing.refused.append((name, refusal))
-            else:
-                groups[_series_key(header)] += images
+            groups[_series_key(header)] += images
     for headers in groups.values():
         series, refused = _group(headers, policy)
         listing.series.extend(series)
@@ -143,7 +143,7 @@ def _group(headers: list[Header], policy: GeometryPolicy) -> tuple[list[SeriesFi
     refused: list[tuple[str, Refusal]] = []
     warnings = [] if headers[0].series_instance_uid else ["EMPTY_SERIES_UID"]
 
-    headers, others = _partition(headers, _is_ct)
+    headers, others = _partition(headers, lambda header: header.is_ct)
     if others:
         detail = f"{len(others)} files of another modality, or without Hounsfield units; leave them out"
         refused.append((others[0].name, Refusal("NOT_CT", detail)))
@@ -196,18 +196,6 @@ def _partition(headers: Iterable[Header], test: Callable[[Header], bool]) -> tup
     for header in headers:
         (passed if test(header) else failed).append(header)
     return passed, failed
-
-
-def _is_ct(header: Header) -> bool:
-    """By modality and class; where one is empty (over-anonymised, or cut off), the other decides."""
-    return header.modality in ("CT", "") and (header.sop_class_uid in CT_CLASSES or not header.sop_class_uid)
-
-
-def _is_single_frame(header: Header) -> bool:
-    """Also what is no CT, whose frames are nobody's concern."""
-    if not _is_ct(header):
-        return True
-    return header.sop_class_uid not in MULTIFRAME_CLASSES and header.number_of_frames == 1
 
 
 def _whole_files(headers: list[Header]) -> tuple[list[Header], list[tuple[str, Refusal]]]:

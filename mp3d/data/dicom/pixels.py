@@ -1,19 +1,17 @@
-"""Pixel Data of one slice to Hounsfield units: a decoder per transfer syntax, sizes checked before anything is decoded.
+"""Pixel Data of one slice to Hounsfield units, sizes checked before anything is decoded.
 
 Hounsfield units are slope x stored value + intercept (DICOM PS3.3 C.11.1), each slice with its own slope and intercept.
 MONOCHROME1 says how to display a value, not what it is, so it changes nothing here.
 """
 
-from itertools import pairwise
-from typing import Any
+from io import BytesIO
 
-import jpeg_ls
 import numpy as np
 from jaxtyping import Int16, Integer, UInt16
-from openjpeg.utils import decode_pixel_data, get_parameters
 from pydicom import uid
 
-from mp3d.data.dicom.elements import ITEM, SEQUENCE_DELIMITER, File, open_body
+from mp3d.data.dicom.decoders import COMPRESSED, LOSSY, Decoded, decode_frame
+from mp3d.data.dicom.elements import ITEM, SEQUENCE_DELIMITER, File, open_body, open_source
 from mp3d.data.dicom.header import Header
 from mp3d.errors import Refusal
 
@@ -25,12 +23,12 @@ NATIVE = frozenset(
         uid.DeflatedExplicitVRLittleEndian,
     }
 )
-JPEG_LS = frozenset({uid.JPEGLSLossless, uid.JPEGLSNearLossless})
-JPEG_2000 = frozenset({uid.JPEG2000Lossless, uid.JPEG2000, uid.HTJ2KLossless, uid.HTJ2KLosslessRPCL, uid.HTJ2K})
-SUPPORTED = NATIVE | JPEG_LS | JPEG_2000 | {uid.RLELossless}
+SUPPORTED = NATIVE | COMPRESSED
 
 MAX_SLICE_PIXELS = 4096 * 4096
 """A few bytes of RLE can claim any size."""
+MAX_GROWTH, MAX_EXTRA_BYTES = 2, 2**20
+"""No coder lets pixels grow to more than these times and bytes."""
 MIN_SLOPE, MAX_SLOPE = 1e-4, 1e3
 MAX_INTERCEPT = 1e5
 """Beyond these, 16-bit integers give no Hounsfield units of a patient."""
@@ -54,7 +52,8 @@ def check_pixel_format(header: Header) -> None:
         name = uid.UID(header.transfer_syntax).name if known else "a private or unknown transfer syntax"
         raise Refusal(
             "UNSUPPORTED_TRANSFER_SYNTAX",
-            f"{header.label} is stored as {name} (0002,0010); export it uncompressed, or as RLE, JPEG-LS or JPEG 2000",
+            f"{header.label} is stored as {name} (0002,0010); export it uncompressed, or as RLE, JPEG "
+            "lossless, JPEG-LS or JPEG 2000",
         )
     if problems := _format_problems(header):
         raise Refusal("BAD_PIXEL_FORMAT", f"{header.label}: {', '.join(problems)}; export the original CT images")
@@ -63,7 +62,7 @@ def check_pixel_format(header: Header) -> None:
         raise Refusal("TOO_LARGE", f"{header.label} has {size}, at most {MAX_SLICE_PIXELS} are read")
     native = header.transfer_syntax in NATIVE
     expected = header.rows * header.columns * 2 if native else None
-    if header.pixels.length != expected:
+    if header.pixels.length != expected and (native or not header.frame):
         given, right = ("an undefined number of" if n is None else n for n in (header.pixels.length, expected))
         raise Refusal(
             "PIXEL_LENGTH",
@@ -118,9 +117,15 @@ def read_hu(header: Header) -> Int16[np.ndarray, "h w"]:
     """
     check_pixel_format(header)
     check_rescale(header)
-    hu = read_stored(header).astype(np.float32)
+    stored = read_stored(header)
+    intercept = header.rescale_intercept or 0.0
+    if header.rescale_slope == 1 and intercept.is_integer():  # nearly always, and then integers give the same
+        low, high = int(stored.min()) + intercept, int(stored.max()) + intercept
+        if INT16.min <= low and high <= INT16.max:
+            return stored.view(np.int16) + np.int64(intercept).astype(np.int16)
+    hu = stored.astype(np.float32)
     hu *= np.float32(header.rescale_slope)
-    hu += np.float32(header.rescale_intercept)
+    hu += np.float32(intercept)
     np.rint(hu, out=hu)
     return np.clip(hu, INT16.min, INT16.max, out=hu).astype(np.int16)
 
@@ -133,99 +138,72 @@ def read_stored(header: Header) -> Integer[np.ndarray, "h w"]:
     """
     if header.pixels is None:
         raise ValueError("the header has no pixels; check_pixel_format comes first")
-    body = open_body(header.source)
-    with body.file:
-        body.file.seek(header.pixels.offset)
+    deflated = header.transfer_syntax == uid.DeflatedExplicitVRLittleEndian
+    with open_body(header.source).file if deflated else open_source(header.source) as file:
+        file.seek(header.pixels.offset)
         if header.transfer_syntax in NATIVE:
             length = header.rows * header.columns * 2
-            data = body.file.read(length)
+            data = file.read(length)
             if len(data) != length:
                 raise Refusal("TRUNCATED", f"{header.label} became shorter while it was read; copy it again")
-            raw = np.frombuffer(data, "<u2" if body.little_endian else ">u2").astype(np.uint16)
-            raw, precision = raw.reshape(header.rows, header.columns), header.bits_stored
-        else:
-            frame = _read_frame(header, body.file)
-            try:
-                raw, precision = _decode(header, frame)
-            except Refusal:
-                raise
-            except Exception as error:  # a decoder raises whatever broken bytes drive it into
-                detail = f"the compressed pixels are damaged ({type(error).__name__}); copy or export it again"
-                raise Refusal("DECODE_FAILED", f"{header.label}: {detail}") from error
-    # The bits above the precision may hold anything: an overlay, or the wrong sign.
-    spare = np.uint16(16 - precision)
-    raw = raw << spare
-    return raw.view(np.int16) >> spare.astype(np.int16) if header.pixel_representation == 1 else raw >> spare
+            raw = np.frombuffer(data, "<u2" if header.little_endian else ">u2").astype(np.uint16, copy=False)
+            return _stored_bits(raw.reshape(header.rows, header.columns), header.bits_stored, header)
+        frame = _read_frame(header, file)
+    try:
+        decoded = decode_frame(frame, header.transfer_syntax, header.rows, header.columns)
+        _check_sign(header, decoded)
+    except Refusal as refusal:
+        raise Refusal(refusal.reason, f"{header.label}: {refusal.detail}") from refusal
+    count = decoded.precision
+    if header.transfer_syntax not in LOSSY:  # lossy coders of 16 bits overshoot the bits stored, and mean it
+        count = min(count, header.bits_stored)
+    return _stored_bits(decoded.bits, count, header)
+
+
+def _stored_bits(raw: UInt16[np.ndarray, "h w"], count: int, header: Header) -> Integer[np.ndarray, "h w"]:
+    """The lower bits alone: those above may hold anything, an overlay or the wrong sign."""
+    spare = np.uint16(16 - count)
+    if header.pixel_representation == 0:
+        return raw & np.uint16((1 << count) - 1) if spare else raw
+    return (raw << spare).view(np.int16) >> spare.astype(np.int16) if spare else raw.view(np.int16)
+
+
+def _check_sign(header: Header, decoded: Decoded) -> None:
+    """A code stream that contradicts the header in what the highest bit means can be read in two ways.
+
+    Where both have as many bits, the header is right: files of old archives hold signed values coded as unsigned.
+    """
+    if decoded.signed and header.pixel_representation == 0:
+        doubtful = decoded.bits.view(np.int16).min() < 0
+    elif not decoded.signed and header.pixel_representation == 1 and decoded.precision < header.bits_stored:
+        doubtful = decoded.bits.max() >> (decoded.precision - 1)
+    else:
+        doubtful = False
+    if doubtful:
+        given, said = ("signed" if signed else "unsigned" for signed in (decoded.signed, header.pixel_representation))
+        raise Refusal(
+            "DECODE_FAILED",
+            f"the code stream has {given} values of {decoded.precision} bits, the header {said} ones of "
+            f"{header.bits_stored} (0028,0101), (0028,0103); export it again",
+        )
 
 
 def _read_frame(header: Header, file: File) -> bytes:
-    """The only frame of compressed Pixel Data: all fragments behind the offset table (DICOM PS3.5 A.4)."""
+    """The fragments of a frame: a file's own behind the offset table (DICOM PS3.5 A.4), or where the header says."""
+    room = header.rows * header.columns * 2 * MAX_GROWTH + MAX_EXTRA_BYTES
     fragments = []
+    if header.pixels is not None and header.pixels.length is not None:
+        file = BytesIO(file.read(min(header.pixels.length, room)) + SEQUENCE_DELIMITER)
+        fragments.append(b"")
     while (tag := file.read(4)) == ITEM:
         length = int.from_bytes(file.read(4), "little")
+        room -= length
+        if room < 0:
+            detail = f"Pixel Data (7FE0,0010) takes over {MAX_GROWTH} times the room of uncompressed pixels"
+            raise Refusal("DECODE_FAILED", f"{header.label}: {detail}; copy or export it again")
         fragments.append(file.read(length))
     if tag != SEQUENCE_DELIMITER or len(fragments) < 2:
         raise Refusal(
             "DECODE_FAILED", f"{header.label}: Pixel Data (7FE0,0010) holds no frame; copy or export it again"
         )
     return b"".join(fragments[1:])
-
-
-def _decode(header: Header, frame: bytes) -> tuple[UInt16[np.ndarray, "h w"], int]:
-    """The decoded values as unsigned bits, and how many of the bits count."""
-    shape = (header.rows, header.columns)
-    if header.transfer_syntax in JPEG_LS:
-        coded, info = jpeg_ls.decode_pixel_data(frame)
-        precision = int(info["bits_per_sample"])
-        _check_shape(header, info["height"], info["width"], info["components"])
-    elif header.transfer_syntax in JPEG_2000:
-        info = get_parameters(frame)
-        precision = int(info["precision"])
-        _check_shape(header, info["rows"], info["columns"], info["samples_per_pixel"])
-        coded = decode_pixel_data(frame, version=2)
-    else:
-        return _decode_rle(frame, header.rows * header.columns).reshape(shape), header.bits_stored
-    if not 1 <= precision <= 16:
-        raise ValueError(f"{precision} bits")
-    return np.frombuffer(coded, np.uint8 if precision <= 8 else "<u2").astype(np.uint16).reshape(shape), precision
-
-
-def _decode_rle(frame: bytes, count: int) -> UInt16[np.ndarray, " n"]:
-    """A run-length coded frame of 16 bits (DICOM PS3.5 G): all high bytes, then all low bytes.
-
-    Unlike common decoders it refuses what decodes to too many bytes, as damaged data does; only zeros may follow.
-    """
-    num_segments, *offsets = np.frombuffer(frame[:64], "<u4").tolist()
-    if num_segments != 2:
-        raise ValueError(f"{num_segments} segments")
-    bounds = (offsets[0], offsets[1], len(frame))
-    high, low = (_unpack_bits(frame[start:stop], count) for start, stop in pairwise(bounds))
-    return (np.frombuffer(high, np.uint8).astype(np.uint16) << 8) | np.frombuffer(low, np.uint8)
-
-
-def _unpack_bits(segment: bytes, count: int) -> bytearray:
-    values = bytearray()
-    at = 0
-    while len(values) < count:
-        control = segment[at]
-        if control < 128:
-            values += segment[at + 1 : at + 2 + control]
-            at += 2 + control
-        elif control > 128:
-            values += segment[at + 1 : at + 2] * (257 - control)
-            at += 2
-        else:
-            at += 1
-    if len(values) != count or any(segment[at:]):
-        raise ValueError("a segment decodes to another number of bytes")
-    return values
-
-
-def _check_shape(header: Header, rows: Any, columns: Any, samples: Any) -> None:
-    """What is decoded is the size inside the code stream; it must be the header's."""
-    if (rows, columns, samples) != (header.rows, header.columns, 1):
-        raise Refusal(
-            "DECODE_FAILED",
-            f"{header.label}: the compressed pixels have {rows} rows, {columns} columns and {samples} samples, the "
-            f"header says {header.rows}, {header.columns} and 1; export it again",
-        )

@@ -1,13 +1,14 @@
 """The files of one CT series to a volume in Hounsfield units with the right geometry, or a named refusal."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int16
 
 from mp3d.config import GeometryPolicy
-from mp3d.data.dicom.frames import slice_reader
+from mp3d.data.decode import Pool, shared_pool
+from mp3d.data.dicom import isolated
 from mp3d.data.dicom.header import Header
 from mp3d.data.dicom.listing import SeriesFiles
 from mp3d.data.dicom.pixels import check_pixel_format, check_rescale
@@ -33,8 +34,6 @@ MAX_TISSUE_HU = 3071
 """The highest value of the Hounsfield scale on 12 bits. Pixel Padding Value (0028,0120) is believed only above it:
 lower padding is dark anyway, and files exist whose tag is wrong, so that it could name a value of tissue."""
 
-ReadHU = Callable[[Header], Int16[np.ndarray, "h w"]]
-
 
 class StoredSlice(NamedTuple):
     """The stored image that a slice of a volume was read from; of an interpolated slice the nearest one.
@@ -50,9 +49,11 @@ class StoredSlice(NamedTuple):
 
 
 def load_volume(
-    series: SeriesFiles, policy: GeometryPolicy | None = None
+    series: SeriesFiles, policy: GeometryPolicy | None = None, pool: Pool | None = None
 ) -> tuple[Volume, tuple[StoredSlice, ...], tuple[str, ...]]:
     """Order, check and decode a series, slice by slice into one array, and correct what ``policy`` wants corrected.
+
+    Compressed slices are decoded by ``pool``, or the process' own.
 
     Returns:
         The volume, its slices ascending along the normal (row cosines x column cosines); where each slice comes from;
@@ -69,8 +70,8 @@ def load_volume(
     _check_size(len(series.slices), first.rows, first.columns)
     orientation = np.mean([header.image_orientation_patient for header in series.slices], axis=0)
     directions = direction_cosines(orientation.tolist(), first.label)
-    read_hu = slice_reader()
-    slices, num_duplicates = _ordered(series.slices, directions, read_hu)
+    pool = pool or shared_pool()
+    slices, num_duplicates = _ordered(series.slices, directions, pool)
     grid = stack_grid(
         np.array([header.image_position_patient for header in slices]),
         directions,
@@ -82,8 +83,8 @@ def load_volume(
     _check_size(max(len(positions), len(slices)), num_rows(grid, first.rows), first.columns)
     hu = np.empty((len(slices), first.rows, first.columns), np.int16)
     num_padded = 0
-    for z, header in enumerate(slices):
-        hu[z] = read_hu(header)
+    for z, (header, read) in enumerate(zip(slices, isolated.read_slices(slices, pool), strict=True)):
+        hu[z] = read
         num_padded += _fill_padding(hu[z], header)
     hu, affine, offsets = regrid(hu, grid)
     nearest = np.rint(positions).astype(int)
@@ -163,20 +164,19 @@ def _check_geometry(header: Header) -> None:
     check_pixel_spacing(header.pixel_spacing_yx_mm, header.label)
 
 
-def _ordered(
-    slices: Sequence[Header], directions: Float[np.ndarray, "3 3"], read_hu: ReadHU
-) -> tuple[list[Header], int]:
+def _ordered(slices: Sequence[Header], directions: Float[np.ndarray, "3 3"], pool: Pool) -> tuple[list[Header], int]:
     """Ascending along the normal, each position once; the number of slices dropped because they were there twice."""
     distances = np.array([header.image_position_patient for header in slices]) @ directions[:, 2]
     order = np.argsort(distances, kind="stable")
     ordered = [slices[index] for index in order]
     twice: set[int] = set()
     for first, *others in same_positions(distances[order]):
-        kept, hu = ordered[first], read_hu(ordered[first])
-        for index in others:
+        kept = ordered[first]
+        hu, *other_hu = isolated.read_slices([ordered[index] for index in (first, *others)], pool)
+        for index, same in zip(others, other_hu, strict=True):
             other = ordered[index]
             aside = np.abs(np.subtract(kept.image_position_patient, other.image_position_patient)).max()
-            if aside > POSITION_TOLERANCE_MM or not np.array_equal(hu, read_hu(other)):
+            if aside > POSITION_TOLERANCE_MM or not np.array_equal(hu, same):
                 raise Refusal(
                     "DUPLICATE_SLICE",
                     f"{kept.label} and {other.label} lie in one plane (0020,0032) and are not the same image; export "

@@ -14,7 +14,8 @@ it is parsed. For other readers of Parquet, which know no manifest, every page c
 a CRC of its own (:func:`row_is_intact`).
 """
 
-from mp3d.data.shard.aside import ASIDE_PATTERN, json_text, write_aside
+from mp3d.data.shard.aside import ASIDE_PATTERN, is_disk_full, json_text, write_aside
+from mp3d.data.shard.columns import read_columns
 from mp3d.data.shard.manifest import (
     FORMAT_VERSION,
     MANIFEST,
@@ -55,10 +56,12 @@ __all__ = [
     "entry_as_dict",
     "entry_from_dict",
     "hashed_id",
+    "is_disk_full",
     "json_text",
     "manifest_text",
     "open_shards",
     "picture_rows",
+    "read_columns",
     "row_is_intact",
     "series_rows",
     "write_aside",

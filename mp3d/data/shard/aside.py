@@ -1,5 +1,6 @@
 """Files that are complete or not there: written beside their place, then renamed."""
 
+import errno
 import json
 import os
 from pathlib import Path
@@ -8,6 +9,13 @@ from typing import Any
 
 ASIDE_PATTERN = ".*.aside"
 """What a killed writer may leave behind."""
+_NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+"""The disk, the user's quota or the largest file is full."""
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether writing failed for want of room, which nothing in the data is to blame for."""
+    return isinstance(error, OSError) and error.errno in _NO_ROOM
 
 
 def create_aside(path: Path, mode: int = 0o666) -> Path:

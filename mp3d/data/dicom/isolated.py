@@ -1,0 +1,83 @@
+"""DICOM files read in the worker processes of :mod:`mp3d.data.decode`; what grouping and volumes are made with.
+
+Of a file that is not compressed a worker reads the header; its pixels are then copied from where they lie, as many
+bytes as were checked, which needs no parsing and no second process.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int16
+from pydantic import TypeAdapter
+from pydicom import uid
+
+from mp3d.data.decode import Pool, Request, Task
+from mp3d.data.dicom import frames, pixels
+from mp3d.data.dicom.elements import Pixels
+from mp3d.data.dicom.header import Header
+from mp3d.errors import Refusal
+
+IN_PLACE = pixels.NATIVE - {uid.DeflatedExplicitVRLittleEndian}
+_HEADER = TypeAdapter(Header)
+
+
+def image_headers(source: Path | bytes, name: str, pool: Pool) -> list[Header]:
+    """:func:`mp3d.data.dicom.frames.image_headers` in a worker.
+
+    Raises:
+        Refusal: as there and :meth:`~mp3d.data.decode.Pool.call`.
+    """
+    answer = pool.call(Request("image_headers", source, {}, "the file"))
+    return [as_header(header, source, name) for header in answer.value]
+
+
+def read_slices(headers: Sequence[Header], pool: Pool) -> Iterator[Int16[np.ndarray, "h w"]]:
+    """:func:`mp3d.data.dicom.pixels.read_hu` of one slice after the other, in workers where they are compressed.
+
+    Raises:
+        Refusal: as there and :meth:`~mp3d.data.decode.Pool.call`.
+    """
+    if all(header.transfer_syntax in IN_PLACE for header in headers):
+        yield from map(pixels.read_hu, headers)
+    else:
+        answers = pool.map(map(_slice_request, headers))
+        for header, answer in zip(headers, answers, strict=True):
+            hu = answer.array
+            if hu.dtype != np.int16 or hu.shape != (header.rows, header.columns):
+                raise Refusal("DECODE_FAILED", f"the decoder of {header.label} gave no such image; export it again")
+            yield hu
+
+
+def _slice_request(header: Header) -> Request:
+    source = header.source
+    pixels.check_pixel_format(header)
+    if isinstance(source, bytes) and header.pixels and header.transfer_syntax != uid.DeflatedExplicitVRLittleEndian:
+        start, length = header.pixels  # of a file with a thousand frames only this one is sent
+        source = source[start : None if length is None else start + length]
+        header = replace(header, pixels=Pixels(0, length))
+    return Request("read_hu", source, {"header": as_plain(header)}, header.label)
+
+
+def as_plain(header: Header) -> dict[str, Any]:
+    """A header as JSON has it, without name and source."""
+    return {name: value for name, value in vars(header).items() if name not in ("name", "source")}
+
+
+def as_header(plain: dict[str, Any], source: Path | bytes, name: str = "") -> Header:
+    """The way back; raises ValueError for what is no header."""
+    return _HEADER.validate_python(plain | {"name": name, "source": source})
+
+
+def _image_headers(source: Path | bytes) -> tuple[list[dict[str, Any]], None]:
+    return [as_plain(header) for header in frames.image_headers(source, "")], None
+
+
+def _read_hu(source: Path | bytes, header: dict[str, Any]) -> tuple[None, Int16[np.ndarray, "h w"]]:
+    return None, pixels.read_hu(as_header(header, source))
+
+
+TASKS: dict[str, Task] = {"image_headers": _image_headers, "read_hu": _read_hu}
+"""Run by the workers."""
