@@ -112,7 +112,7 @@ def real_data(folder: Path) -> Plan:
     return Plan(
         folder / "pictures",
         folder / "ct",
-        "nifti" if has_nifti else "dicom",
+        "volumes" if has_nifti else "dicom",
         folder / "query",
         "small",
         (0.6, 0.15, 0.25),

@@ -160,6 +160,7 @@ def deeplesion_mp3d63_paper() -> TrainConfig:
     return TrainConfig(
         name="deeplesion_mp3d63_paper",
         shards="data/deeplesion",
+        clip=ClipConfig(interpolation="authors"),
         model=ModelConfig(norm="gn3d"),
         loop=LoopConfig(epochs=24, batch_size=2, num_workers=8),
         launch=LaunchConfig(accelerator="gpu", loader_workers=4, cpus_per_worker=4),
@@ -167,11 +168,13 @@ def deeplesion_mp3d63_paper() -> TrainConfig:
 
 
 def deeplesion_mp3d63() -> TrainConfig:
-    """MP3D-63 on DeepLesion with group norm per slice.
+    """MP3D-63 on DeepLesion with group norm per slice and exact z interpolation.
 
     python jobs/finetune.py deeplesion_mp3d63 --shards /data/deeplesion --init-from /runs/vdt_imagenet_mp3d63
     """
-    return deeplesion_mp3d63_paper().override({"name": "deeplesion_mp3d63", "model.norm": "slice_gn"})
+    return deeplesion_mp3d63_paper().override(
+        {"name": "deeplesion_mp3d63", "model.norm": "slice_gn", "clip.interpolation": "exact"}
+    )
 
 
 def deeplesion_mp3d18ba() -> TrainConfig:

@@ -4,16 +4,24 @@ from collections.abc import Iterable, Sequence
 from copy import deepcopy
 from io import BytesIO
 
+import imagecodecs
+import jpeg_ls
 import numpy as np
 from openjpeg.utils import encode_array
 from pydicom import Dataset, FileMetaDataset, dcmwrite, uid
 from pydicom.encaps import encapsulate
+from pydicom.pixels.encoders import RLELosslessEncoder
 from pydicom.valuerep import format_number_as_ds
 
 from mp3d.data.series import Volume
 
 SERIES_UID = "1.2.826.0.1.3680043.8.498.1"
 STUDY_UID = "1.2.826.0.1.3680043.8.498.2"
+LOSSLESS = (
+    *(uid.RLELossless, uid.JPEGLossless, uid.JPEGLosslessSV1, uid.JPEGLSLossless, uid.JPEG2000Lossless),
+    *(uid.HTJ2KLossless, uid.HTJ2KLosslessRPCL),
+)
+"""What :func:`compressed` can write."""
 FRAME_UID = "1.2.826.0.1.3680043.8.498.3"
 FUNCTIONAL_GROUPS = (
     *("PlanePositionSequence", "PlaneOrientationSequence", "PixelMeasuresSequence", "FrameContentSequence"),
@@ -127,12 +135,10 @@ def to_bytes(ds: Dataset, syntax: uid.UID = uid.ExplicitVRLittleEndian) -> bytes
     ds.file_meta.MediaStorageSOPClassUID = ds.get("SOPClassUID") or uid.CTImageStorage
     ds.file_meta.MediaStorageSOPInstanceUID = ds.get("SOPInstanceUID") or uid.UID("1.2.3")
     ds.file_meta.TransferSyntaxUID = uid.ExplicitVRLittleEndian
-    if syntax in (uid.RLELossless, uid.JPEGLSLossless):
-        ds.compress(syntax, generate_instance_uid=False)
-    elif syntax in (uid.JPEG2000Lossless, uid.HTJ2KLossless):
+    if syntax in LOSSLESS:
         stored = np.frombuffer(ds.PixelData, "<i2" if ds.PixelRepresentation else "<u2")
         frames = stored.reshape(-1, ds.Rows, ds.Columns)
-        ds.PixelData = encapsulate([encode_array(frame, bits_stored=ds.BitsStored) for frame in frames])
+        ds.PixelData = encapsulate([compressed(frame, syntax, ds.BitsStored) for frame in frames])
         ds["PixelData"].VR = "OB"
         ds["PixelData"].is_undefined_length = True
     elif syntax == uid.ExplicitVRBigEndian:
@@ -146,6 +152,24 @@ def to_bytes(ds: Dataset, syntax: uid.UID = uid.ExplicitVRLittleEndian) -> bytes
     else:
         dcmwrite(file, ds, enforce_file_format=True)
     return file.getvalue()
+
+
+def compressed(frame: np.ndarray, syntax: uid.UID, bits: int) -> bytes:
+    """A frame of int16 or uint16 in one of the :data:`LOSSLESS` transfer syntaxes, 9 to 16 of its bits."""
+    unsigned = frame.view(np.uint16) & np.uint16((1 << bits) - 1)
+    if syntax == uid.RLELossless:
+        options = {"rows": frame.shape[0], "columns": frame.shape[1], "samples_per_pixel": 1, "number_of_frames": 1}
+        options |= {"bits_allocated": 16, "bits_stored": 16, "pixel_representation": 0}
+        return RLELosslessEncoder.encode(unsigned, photometric_interpretation="MONOCHROME2", **options)
+    if syntax in (uid.JPEGLossless, uid.JPEGLosslessSV1):
+        coded = imagecodecs.jpeg8_encode(unsigned, lossless=True, bitspersample=bits, predictor=1)
+    elif syntax == uid.JPEGLSLossless:
+        coded = jpeg_ls.encode_buffer(unsigned.tobytes(), *frame.shape, 1, bits)
+    elif syntax == uid.JPEG2000Lossless:
+        coded = encode_array(frame, bits_stored=bits)
+    else:
+        coded = imagecodecs.htj2k_encode(frame, reversible=True)
+    return bytes(coded)
 
 
 def to_files(
@@ -187,6 +211,59 @@ def structure_set(contours: Sequence[Sequence[np.ndarray]], names: Sequence[str]
         )
         for number, region in enumerate(contours, 1)
     ]
+    return ds
+
+
+def segmentation(volume: Volume, segments: dict[str, np.ndarray], fractional: bool = False) -> Dataset:
+    """A DICOM SEG of the made series: a frame for each slice on which a segment, (d, h, w), is not empty."""
+    frames = [
+        (number, z) for number, inside in enumerate(segments.values(), 1) for z in np.flatnonzero(inside.any((1, 2)))
+    ]
+    ds = Dataset()
+    ds.SOPClassUID, ds.SOPInstanceUID, ds.Modality = uid.SegmentationStorage, f"{SERIES_UID}.0.3", "SEG"
+    ds.PatientID, ds.StudyInstanceUID, ds.SeriesInstanceUID = "CANARY-ID", STUDY_UID, f"{SERIES_UID}.3"
+    ds.FrameOfReferenceUID = FRAME_UID
+    ds.ReferencedSeriesSequence = [_item(SeriesInstanceUID=SERIES_UID)]
+    ds.SegmentSequence = [
+        _item(
+            SegmentNumber=number,
+            SegmentLabel=name,
+            SegmentedPropertyTypeCodeSequence=[
+                _item(CodeValue="108369006", CodingSchemeDesignator="SCT", CodeMeaning="Tissue")
+            ],
+        )
+        for number, name in enumerate(segments, 1)
+    ]
+    z_spacing, y_spacing, x_spacing = volume.spacing_mm
+    ds.SamplesPerPixel, ds.PhotometricInterpretation, ds.PixelRepresentation = 1, "MONOCHROME2", 0
+    ds.NumberOfFrames, (ds.Rows, ds.Columns) = len(frames), volume.hu.shape[1:]
+    ds.SharedFunctionalGroupsSequence = [
+        _item(
+            PlaneOrientationSequence=[
+                _item(ImageOrientationPatient=_ds(*volume.affine[:3, 0] / x_spacing, *volume.affine[:3, 1] / y_spacing))
+            ],
+            PixelMeasuresSequence=[_item(PixelSpacing=_ds(y_spacing, x_spacing), SliceThickness=_ds(z_spacing))],
+        )
+    ]
+    ds.PerFrameFunctionalGroupsSequence = [
+        _item(
+            PlanePositionSequence=[_item(ImagePositionPatient=_ds(*(volume.affine @ [0, 0, z, 1])[:3]))],
+            SegmentIdentificationSequence=[_item(ReferencedSegmentNumber=number)],
+        )
+        for number, z in frames
+    ]
+    stored = np.array([[*segments.values()][number - 1][z] for number, z in frames])
+    if fractional:
+        ds.SegmentationType, ds.SegmentationFractionalType, ds.MaximumFractionalValue = "FRACTIONAL", "PROBABILITY", 200
+        ds.BitsAllocated = ds.BitsStored = 8
+        ds.PixelData = np.rint(stored * 200).astype(np.uint8).tobytes()
+    else:
+        ds.SegmentationType = "BINARY"
+        ds.BitsAllocated = ds.BitsStored = 1
+        ds.PixelData = np.packbits(stored.astype(bool), bitorder="little").tobytes()
+    ds.HighBit = ds.BitsStored - 1
+    ds.PixelData += bytes(len(ds.PixelData) % 2)
+    ds["PixelData"].VR = "OB"
     return ds
 
 

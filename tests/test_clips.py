@@ -1,5 +1,7 @@
 """The z grid: exact offsets at every spacing, clamped ends, and the way back to the source slices."""
 
+from typing import Literal
+
 import numpy as np
 import pytest
 import scipy.ndimage
@@ -28,12 +30,59 @@ def test_neighbours_lie_at_multiples_of_the_clip_spacing(spacing_mm: float, offs
     np.testing.assert_allclose(positions - 50, [-o for o in offsets[::-1]] + [0, *offsets], rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("spacing_mm", [2.0, 3.0, 4.0])
+def test_interpolation_is_exact_on_a_ramp(spacing_mm: float):
+    """Each slice holds its own place in tenths of a millimetre, so a clip must hold multiples of 25."""
+    ramp = np.rint(np.arange(61) * spacing_mm * 10).astype(np.int16).reshape(-1, 1, 1)
+    clip = resample_z(ramp, window_positions(30, 61, spacing_mm, NINE)).ravel()
+    assert (clip - ramp[30].item()).tolist() == [-100, -75, -50, -25, 0, 25, 50, 75, 100]
+
+
+@pytest.mark.parametrize(
+    ("spacing_mm", "offsets"),
+    [  # measured with the authors' loader (image_io_3DCE.py) on made slices, 2.5 mm asked
+        (0.5, [5, 10, 15, 20]),
+        (0.6, [4.1667, 8.1667, 12.1667, 16.1667]),
+        (0.75, [3.3333, 6.3333, 10, 13.3333]),
+        (0.8, [3.125, 6.125, 9.125, 12.125]),
+        (1.0, [2.5, 5, 7.5, 10]),
+        (1.25, [2, 4, 6, 8]),
+        (1.5, [1.6667, 3.6667, 5, 6.6667]),
+        (2.0, [1.25, 2.25, 3.25, 5]),
+        (2.5, [1, 2, 3, 4]),
+        (3.0, [0.8333, 1.8333, 2.8333, 3.8333]),
+        (3.75, [0.6667, 1.6667, 2, 2.6667]),
+        (4.0, [0.625, 1.625, 1.625, 2.625]),
+        (5.0, [0.5, 1, 1.5, 2]),
+    ],
+)
+def test_the_authors_offsets(spacing_mm: float, offsets: list[float]):
+    positions = window_positions(50, 101, spacing_mm, ClipConfig(interpolation="authors"))
+    np.testing.assert_allclose(positions - 50, [-o for o in offsets[::-1]] + [0, *offsets], rtol=0, atol=5e-5)
+
+
+@pytest.mark.parametrize(
+    ("spacing_mm", "errors_mm"),
+    [(5.0, [2.0, 1.0, 1.0]), (2.5, [0.5, 1.0, 1.5]), (1.25, [0.5, 0.25, 0.25])],
+)
+def test_the_authors_error_at_two_millimetres(spacing_mm: float, errors_mm: list[float]):
+    """MULAN's loader has the same rule at 2 mm; the errors are those of its 2nd, 3rd and 4th neighbour."""
+    clip = ClipConfig(slice_spacing_mm=2.0)
+    exact = window_positions(50, 101, spacing_mm, clip)
+    theirs = window_positions(50, 101, spacing_mm, clip.override({"interpolation": "authors"}))
+    np.testing.assert_allclose((np.abs(theirs - exact) * spacing_mm)[6:], errors_mm, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("interpolation", ["exact", "authors"])
 @pytest.mark.parametrize(
     ("spacing_mm", "expected"),
     [(1.25, [-2, -2, -2, -2, 0, 2, 2, 2, 2]), (5.0, [-2, -1.5, -1, -0.5, 0, 0.5, 1, 1.5, 2])],
 )
-def test_missing_neighbours_step_back_to_the_outermost_slice(spacing_mm: float, expected: list[float]):
-    assert (window_positions(2, 5, spacing_mm, NINE) - 2).tolist() == expected
+def test_missing_neighbours_step_back_to_the_outermost_slice(
+    spacing_mm: float, expected: list[float], interpolation: Literal["exact", "authors"]
+):
+    clip = ClipConfig(interpolation=interpolation)
+    assert (window_positions(2, 5, spacing_mm, clip) - 2).tolist() == expected
 
 
 def test_planes_of_a_picture_keep_their_places():

@@ -13,6 +13,8 @@ import SimpleITK as sitk
 from jobs import prepare as job
 from mp3d.data.prepare import prepare
 from mp3d.data.shard import decode_image, decode_truth, open_shards
+from tests.reader_contract import check_reader
+from tests.reader_worlds import World
 from tests.tiny import ID_KEY
 
 TEXT = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text()
@@ -69,6 +71,11 @@ def test_prepare_stores_what_the_printed_reader_reads(reader: ModuleType, root: 
     affine = np.diag([*SPACING_XYZ_MM, 1])
     affine[:3, 3] = ORIGIN_MM
     assert rows[0]["affine"] == pytest.approx(affine.ravel())
+
+
+def test_the_printed_reader_keeps_to_the_contract(reader: ModuleType, root: Path, monkeypatch: pytest.MonkeyPatch):
+    world = World({"root": root}, boxes={2: 1, 1: 3, 0: 11}, refused=("BAD_IMAGE",))
+    check_reader(reader.read_mha, world, root, monkeypatch)
 
 
 def test_an_oblique_volume_keeps_its_place(reader: ModuleType, root: Path):

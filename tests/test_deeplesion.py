@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mp3d.data.deeplesion import consecutive_runs, read_deeplesion
+from mp3d.data.deeplesion import read_deeplesion
+from mp3d.data.deeplesion_images import consecutive_runs
 from mp3d.data.prepare import prepare
 from mp3d.data.reasons import REASONS, WARNINGS
 from mp3d.data.series import CTSeries
@@ -245,7 +246,7 @@ def test_wrong_or_missing_files_are_told(root):
     write_table(root, [lesion("000001_01_01", 100)], "DL_info_2.csv")
     with pytest.raises(DataError, match=r"one DL_info.*found: DL_info.csv, DL_info_2.csv"):
         read_deeplesion(root)
-    with pytest.raises(DataError, match="no folder; unpack"):
+    with pytest.raises(DataError, match="no folder; name"):
         read_deeplesion(root, annotations=root / "DL_info_2.csv", images=root / "none")
     write_table(root, [lesion("000009_01_01", 100)], "DL_info_2.csv")
     with pytest.raises(DataError, match="no image of DL_info_2.csv"):

@@ -25,6 +25,7 @@ SYNTAXES = (
     uid.ExplicitVRBigEndian,
     uid.DeflatedExplicitVRLittleEndian,
     uid.RLELossless,
+    uid.JPEGLosslessSV1,
     uid.JPEGLSLossless,
     uid.JPEG2000Lossless,
 )

@@ -87,7 +87,7 @@ def test_of_another_series(tmp_path: Path) -> None:
         ds.SeriesInstanceUID += ".4"
     root = write(tmp_path, slices, **{"rs.dcm": to_bytes(lesion())})
     assert load(root).truths[2].boxes is None
-    assert read_dicom(root).notes == ("1 RT Structure Sets belong to no series here",)
+    assert read_dicom(root).notes == ("1 structure sets or segmentations belong to no series here",)
 
 
 def test_regions_of_several_structure_sets_add_up(tmp_path: Path) -> None:

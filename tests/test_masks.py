@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from matplotlib.path import Path as Polygon
 
-from mp3d.data.masks import boxes_from_mask, fill_contours
+from mp3d.data.masks import boxes_from_mask, fill_contours, truths_from_mask
+from mp3d.data.series import boxes_3d
 
 
 def test_one_pixel_is_one_box() -> None:
@@ -39,6 +40,43 @@ def test_specks_are_dropped() -> None:
     mask[0, :3], mask[3:5, 3:5] = 1, 1
     assert boxes_from_mask(mask)[0].tolist() == [[3, 3, 5, 5]]
     assert len(boxes_from_mask(mask, min_pixels=3)[0]) == 2
+
+
+def test_components_of_the_volume_number_the_boxes_of_its_slices() -> None:
+    """Label 2 is a slanted rod that only corners hold together, beside it a block; label 1 a speck and a block."""
+    mask = np.zeros((5, 20, 30), np.uint8)
+    for z in range(4):
+        mask[z, 2 + 2 * z : 4 + 2 * z, 3 + 2 * z : 5 + 2 * z] = 2
+    mask[1:3, 10:14, 20:26] = 2
+    mask[4, 0, 0] = 1
+    mask[0, 15:18, 1:4] = 1
+    truths = truths_from_mask(mask)
+    for plane, truth in zip(mask, truths, strict=True):
+        boxes, labels = boxes_from_mask(plane)
+        np.testing.assert_array_equal(truth.boxes, boxes)
+        np.testing.assert_array_equal(truth.labels, labels)
+        np.testing.assert_array_equal(truth.mask, plane)
+    boxes, labels, instances = boxes_3d(truths)
+    assert boxes.tolist() == [[1, 15, 0, 4, 18, 1], [3, 2, 0, 11, 10, 4], [20, 10, 1, 26, 14, 3]]
+    assert labels.tolist() == [1, 2, 2]
+    assert instances.tolist() == [1, 3, 4]  # the speck of label 1 is 2 and has no box
+
+
+def test_a_hook_is_one_instance_with_two_boxes_on_a_slice() -> None:
+    mask = np.zeros((3, 12, 16), np.uint8)
+    mask[0, 3:6, 2:14] = mask[1, 3:6, 2:5] = mask[1, 3:6, 10:14] = 1
+    instances = [truth.instances for truth in truths_from_mask(mask)]
+    assert [[] if numbers is None else numbers.tolist() for numbers in instances] == [[1], [1, 1], []]
+
+
+def test_only_chosen_labels_are_boxed_but_the_mask_is_whole() -> None:
+    mask = np.zeros((3, 12, 16), np.uint8)
+    mask[:, 2:10, 2:14] = 1
+    mask[1, 4:7, 5:9] = 2
+    truths = truths_from_mask(mask, boxed=(2,))
+    assert boxes_3d(truths)[0].tolist() == [[5, 4, 1, 9, 7, 2]]
+    np.testing.assert_array_equal([truth.mask for truth in truths], mask)
+    assert all(truth.boxes is not None for truth in truths)
 
 
 def rectangle(x1: float, y1: float, x2: float, y2: float) -> np.ndarray:

@@ -7,8 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from scipy.io import savemat
 
-from mp3d.data.pictures import MIN_BATCHES_TO_SPLIT, load_picture, read_picture_folders
+from mp3d.data.picture_files import MIN_BATCHES_TO_SPLIT, Marks, load_picture
+from mp3d.data.pictures import read_picture_folders
 from mp3d.data.prepare import prepare
 from mp3d.data.shard import decode_image, open_shards
 from mp3d.data.source import PictureBatch, Source
@@ -87,6 +89,157 @@ def test_tiny_imagenet_layout(tmp_path):
     )
 
 
+def write_tiny_imagenet(root: Path) -> None:
+    """Two classes, 20 x 12 pixels: boxes to the rim, at the rim without extent, of no picture, and none."""
+    for wnid, lines in {
+        "n01": "n01_0.JPEG\t0\t0\t19\t11\nn01_1.JPEG\t3\t4\t5\t6\nn01_1.JPEG\t7\t8\t9\t10\n",
+        "n02": "n02_0.JPEG\t19\t3\t19\t7\nn02_9.JPEG\t1\t1\t2\t2\n",
+    }.items():
+        for i in range(2):
+            write(root / "train" / wnid / "images" / f"{wnid}_{i}.JPEG")
+        write(root / "train" / wnid / f"{wnid}_boxes.txt", lines.encode())
+    write(root / "val" / "images" / "val_0.JPEG")
+    write(root / "val" / "val_annotations.txt", b"val_0.JPEG\tn02\t2\t3\t4\t63\n")
+
+
+def test_boxes_of_tiny_imagenet(tmp_path):
+    write_tiny_imagenet(tmp_path)
+    assert all(
+        picture.truth.boxes is None for batch in batches(read_picture_folders(tmp_path)) for picture in batch.pictures
+    )
+    source = read_picture_folders(tmp_path, boxes=True)
+    truths = {Path(picture.name).stem: picture.truth for batch in batches(source) for picture in batch.pictures}
+    boxes = {name: truth.boxes if truth.boxes is None else truth.boxes.tolist() for name, truth in truths.items()}
+    assert boxes == {
+        "n01_0": [[0, 0, 20, 12]],  # the corners are pixels inside
+        "n01_1": [[3, 4, 6, 7], [7, 8, 10, 11]],
+        "n02_0": None,  # no extent: somewhere, but not there
+        "n02_1": None,  # no line
+        "val_0": [[2, 3, 5, 12]],  # cut at the rim
+    }
+    assert truths["n01_1"].labels.tolist() == [1, 1]
+    assert truths["val_0"].labels.tolist() == [2]
+    assert source.class_names == ("n01", "n02")
+    assert [batch.warnings for batch in batches(source)] == [("BOX_DROPPED",), ("BOX_CLIPPED",)]
+
+
+@pytest.mark.parametrize(
+    "line", ["n01_0.JPEG", "n01_0.JPEG\t1\t2\t3", "n01_0.JPEG\t1\t2\t3\t4\t5", "n01_0.JPEG\t1\t2\t3\tx"]
+)
+def test_wrong_table_of_boxes(tmp_path, line):
+    write_tiny_imagenet(tmp_path)
+    write(tmp_path / "train" / "n01" / "n01_boxes.txt", f"n01_1.JPEG\t0\t0\t5\t5\n{line}\n".encode())
+    with pytest.raises(DataError, match="n01_boxes.txt, line 2"):
+        read_picture_folders(tmp_path, boxes=True)
+
+
+def test_boxes_where_there_are_none(tmp_path):
+    write(tmp_path / "train" / "a" / "1.jpg")
+    with pytest.raises(DataError, match="leave out --boxes"):
+        read_picture_folders(tmp_path, boxes=True)
+
+
+def write_kit(folder: Path, numbers: list[int]) -> None:
+    """As ``meta.mat`` of ILSVRC 2012 has it: the synsets, inner nodes of the tree behind them."""
+    fields = [("ILSVRC2012_ID", object), ("WNID", object), ("words", object), ("num_children", object)]
+    synsets = np.array(
+        [(1, "n03", "cup", 0), (2, "n01", "dog", 0), (3, "n02", "cat", 0), (4, "n00", "animal", 2)], fields
+    )
+    (folder / "data").mkdir(parents=True)
+    savemat(folder / "data" / "meta.mat", {"synsets": synsets.reshape(-1, 1)})
+    (folder / "data" / "ILSVRC2012_validation_ground_truth.txt").write_text(
+        "".join(f"{number}\n" for number in numbers)
+    )
+
+
+class TestFlatValidationFolder:
+    """ImageNet's validation pictures as published: in one folder, without their classes."""
+
+    @pytest.fixture
+    def root(self, tmp_path) -> Path:
+        for wnid in ("n03", "n01", "n02"):
+            write(tmp_path / "train" / wnid / f"{wnid}_1.JPEG")
+        for number in (1, 2, 3):
+            write(tmp_path / "val" / f"ILSVRC2012_val_{number:08}.JPEG")
+        return tmp_path
+
+    def val(self, root: Path, **options) -> list[int | None]:
+        source = read_picture_folders(root, **options)
+        assert source.class_names == ("n01", "n02", "n03")
+        found = labels(source, "val")
+        return [found[name] for name in sorted(found)]
+
+    @pytest.mark.parametrize(
+        ("name", "content"),
+        [
+            (
+                "val.txt",
+                "ILSVRC2012_val_00000001.JPEG 2\nILSVRC2012_val_00000003.JPEG 1\nILSVRC2012_val_00000002.JPEG 0\n",
+            ),
+            (
+                "val.txt",
+                "".join(
+                    f"ILSVRC2012_val_0000000{i}.JPEG\t{wnid}\n" for i, wnid in ((3, "n02"), (1, "n03"), (2, "n01"))
+                ),
+            ),
+            (
+                "LOC_val_solution.csv",
+                "ImageId,PredictionString\nILSVRC2012_val_00000003,n02 1 2 3 4 n02 5 6 7 8 \n"
+                "ILSVRC2012_val_00000001,n03 1 2 3 4 \nILSVRC2012_val_00000002,n01 1 2 3 4 \n",
+            ),
+        ],
+    )
+    def test_tables_beside_it(self, root, name, content):
+        (root / name).write_text(content)
+        assert self.val(root) == [2, 0, 1]
+        (root / name).rename(root / f"other_{name}")
+        assert self.val(root, val_classes=root / f"other_{name}") == [2, 0, 1]
+
+    def test_the_organisers_kit(self, root):
+        write_kit(root / "ILSVRC2012_devkit_t12", [1, 2, 3])
+        assert self.val(root) == [2, 0, 1]
+
+    def test_other_classes_are_another_data_set(self, root, tmp_path):
+        sources = []
+        for content in ("ILSVRC2012_val_00000001.JPEG 2\n", "ILSVRC2012_val_00000001.JPEG 1\n"):
+            (root / "mine").write_text(content)
+            sources.append(read_picture_folders(root, val_classes=root / "mine"))
+        assert sources[0].options != sources[1].options
+        assert sources[0].notes == ("2 pictures have no line in mine, not used",)
+
+    def test_without_table(self, root):
+        assert read_picture_folders(root).notes == (
+            "3 pictures in val have neither class folder nor table of classes, not used",
+        )
+
+    @pytest.mark.parametrize(
+        ("name", "content", "told"),
+        [
+            ("val.txt", "ILSVRC2012_val_00000001.JPEG 3\n", "class 3 of 3 known ones"),
+            ("val.txt", "ILSVRC2012_val_00000001.JPEG n09\n", "val has the class n09, train has not"),
+            ("LOC_val_solution.csv", "Image,Class\na,n01\n", "cannot be read as a table of classes"),
+            ("LOC_val_solution.csv", "ImageId,PredictionString\na,\n", "cannot be read as a table of classes"),
+        ],
+    )
+    def test_wrong_tables(self, root, name, content, told):
+        (root / name).write_text(content)
+        with pytest.raises(DataError, match=told):
+            read_picture_folders(root)
+
+    def test_wrong_kit(self, root):
+        write_kit(root / "ILSVRC2012_devkit_t12", [1, 2, 5])
+        with pytest.raises(DataError, match="cannot be read as a table of classes"):
+            read_picture_folders(root)
+        (root / "ILSVRC2012_devkit_t12" / "data" / "meta.mat").write_bytes(b"MATLAB 5.0")
+        with pytest.raises(DataError, match=r"meta\.mat cannot be read"):
+            read_picture_folders(root)
+
+    def test_table_without_val(self, tmp_path):
+        write(tmp_path / "a" / "1.jpg")
+        with pytest.raises(ConfigError, match="no folder val"):
+            read_picture_folders(tmp_path, val_classes=tmp_path / "val.txt")
+
+
 def test_batches_are_even_mixed_and_stable(tmp_path):
     for name in "abcd":
         for i in range(25):
@@ -140,11 +293,11 @@ def test_broken_picture_is_refused_and_the_others_are_kept(tmp_path, content):
 
 def test_picture_that_is_gone_or_too_large_is_refused(tmp_path, monkeypatch):
     with pytest.raises(Refusal, match="UNREADABLE"):
-        load_picture(tmp_path / "gone.jpg", "gone.jpg", 0)
+        load_picture(tmp_path / "gone.jpg", "gone.jpg", Marks(0))
     write(tmp_path / "large.jpg")
-    monkeypatch.setattr("mp3d.data.pictures.MAX_PIXELS", 20 * 12 - 1)
+    monkeypatch.setattr("mp3d.data.picture_files.MAX_PIXELS", 20 * 12 - 1)
     with pytest.raises(Refusal, match="TOO_LARGE"):
-        load_picture(tmp_path / "large.jpg", "large.jpg", 0)
+        load_picture(tmp_path / "large.jpg", "large.jpg", Marks(0))
 
 
 def test_other_files_are_counted(tmp_path):
@@ -165,6 +318,6 @@ def test_what_is_no_class_folder_is_told(tmp_path):
         read_picture_folders(tmp_path)
     with pytest.raises(ConfigError, match="pictures_per_item is 0"):
         read_picture_folders(tmp_path, pictures_per_item=0)
-    write(tmp_path / "val" / "val_annotations.txt", b"val_0.JPEG n01\n")
+    write(tmp_path / "val" / "val_annotations.txt", b"val_0.JPEG\n")
     with pytest.raises(DataError, match="a tab and a class"):
         read_picture_folders(tmp_path)

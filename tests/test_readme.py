@@ -103,13 +103,22 @@ def test_every_option_exists(capsys: pytest.CaptureFixture[str]):
     assert used - known == set()
 
 
+def tables_of_real_data() -> dict[str, list[str]]:
+    """The cells behind each name of a reader or recipe."""
+    rows = [row for row in section("Real data").splitlines() if row.startswith("| `")]
+    cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
+    return {name: others for names, *others in cells for name in re.findall(r"`(\w+)`", names)}
+
+
+def test_every_reader_has_a_line():
+    recipes = {recipe.__name__ for recipe in (*PRETRAIN, *FINETUNE)}
+    assert tables_of_real_data().keys() - recipes == prepare.READERS.keys()
+
+
 def test_recipes_are_named_with_what_they_ask_for():
     recipes = {recipe.__name__: recipe() for recipe in (*PRETRAIN, *FINETUNE)}
-    rows = [row for row in section("Real data").splitlines() if row.startswith("| `") and "_" in row.split("|")[1]]
-    named = {}
-    for row in rows:
-        names, _, gpus, cpus = (cell.strip() for cell in row.strip("|").split("|"))
-        named |= dict.fromkeys(re.findall(r"`(\w+)`", names), (gpus, cpus))
+    asked_for = {name: cells for name, cells in tables_of_real_data().items() if name not in prepare.READERS}
+    named = {name: (gpus, cpus) for name, (_, gpus, cpus) in asked_for.items()}
     assert set(named) == {name for name in recipes if not name.startswith("synthetic")}
     for name, asked in named.items():
         launch, loop = recipes[name].launch, recipes[name].loop

@@ -5,13 +5,16 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import pydicom
 import pytest
+import SimpleITK as sitk
 
 from mp3d.config import GeometryPolicy
 from mp3d.data.dicom import StoredSlice, group_series, load_volume, read_header, read_hu
 from mp3d.data.dicom_folder import read_dicom
-from mp3d.data.nifti import load_image, load_mask, read_nifti
+from mp3d.data.segmentation import read_segmentation
 from mp3d.data.series import CTSeries, Volume
+from mp3d.data.volumes import load_image, load_mask, read_volumes
 from mp3d.errors import Refusal
 
 SHARED = Path(os.environ.get("MP3D_SHARED_DATA", Path(__file__).parents[2] / "shared" / "data"))
@@ -30,7 +33,7 @@ def masks(series: CTSeries) -> np.ndarray:
 
 class TestSarcoma:
     def test_all_cases_as_nifti(self) -> None:
-        source = read_nifti(SHARED / "sts" / "nifti")
+        source = read_volumes(SHARED / "sts" / "nifti")
         assert (len(source.items), source.refused) == (16, ())
         series = next(item for item in source.items if item.patient == "STS_001").load()
         assert isinstance(series, CTSeries)
@@ -45,7 +48,7 @@ class TestSarcoma:
         assert source.refused == ()
         (item,) = source.items
         dicom = item.load()
-        (item,) = read_nifti(SHARED / "sts" / "nifti" / patient).items
+        (item,) = read_volumes(SHARED / "sts" / "nifti" / patient).items
         nifti = item.load()
         assert isinstance(dicom, CTSeries)
         assert isinstance(nifti, CTSeries)
@@ -166,3 +169,41 @@ class TestLiver:
         assert volume.spacing_mm == pytest.approx((1, 0.810547, 0.810547))
         assert warnings == ()
         assert [header.modality for header in group_series(SHARED / "liver" / "dcmqi_ct3").objects] == ["SEG", "SEG"]
+
+
+class TestLiverSegmentation:
+    """DICOM SEG of three slices; the same mask as NRRD."""
+
+    FOLDER = SHARED / "liver" / "dcmqi_ct3"
+
+    def test_mask_equals_the_nrrd(self) -> None:
+        source = read_dicom(self.FOLDER, roi="^Liver$")
+        assert (source.refused, source.notes) == ((), ())
+        (item,) = source.items
+        series = item.load()
+        assert isinstance(series, CTSeries)
+        assert series.warnings == ()
+        expected = sitk.GetArrayFromImage(sitk.ReadImage(str(self.FOLDER / "liver_seg.nrrd")))
+        np.testing.assert_array_equal(masks(series), expected)
+        assert masks(series).sum(axis=(1, 2)).tolist() == [36_233, 35_645, 35_220]
+        liver = series.volume.hu[masks(series) > 0]
+        assert (liver.mean(), liver.std()) == pytest.approx((37, 59), abs=1)
+        assert [None if truth.boxes is None else len(truth.boxes) for truth in series.truths] == [1, 1, 1]
+
+    def test_overlapping_segments_are_told_apart(self) -> None:
+        header = read_header(self.FOLDER / "partial_overlaps.dcm")
+        whole = read_segmentation(header, ".")
+        assert (whole.num_segments, len(whole.frames)) == (5, 7)
+        pixels = pydicom.dcmread(self.FOLDER / "partial_overlaps.dcm").pixel_array
+        for frame, stored in zip(whole.frames, pixels, strict=True):
+            np.testing.assert_array_equal(frame.inside, stored)
+        (item,) = read_dicom(self.FOLDER, roi="^PURPLE$").items
+        series = item.load()
+        assert isinstance(series, CTSeries)
+        np.testing.assert_array_equal(masks(series), pixels[2:5])  # its frames, from the lowest slice up
+
+    def test_no_lesion_by_the_default_names(self) -> None:
+        (item,) = read_dicom(self.FOLDER).items
+        series = item.load()
+        assert isinstance(series, CTSeries)
+        assert series.warnings == ("ROI_NOT_FOUND",)

@@ -2,14 +2,16 @@
 
 import csv
 import os
+import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from mp3d.data.deeplesion import read_deeplesion
+from mp3d.data.deeplesion_3d import read_boxes, read_deeplesion_3d
 from mp3d.data.deeplesion_table import read_table
-from mp3d.data.series import CTSeries
+from mp3d.data.series import CTSeries, boxes_3d
 from mp3d.data.source import Item
 from mp3d.data.splits import assign_splits
 
@@ -62,9 +64,63 @@ def test_whole_table():
     lesions = read_table(ROOT / "DL_info_subset.csv")
     counts = [sum(lesion.split == split for lesion in lesions) for split in ("train", "val", "test")]
     assert counts == [936, 4889, 4927]
-    assert sum(lesion.noisy for lesion in lesions) == 17
-    assert len({(lesion.folder, lesion.slice_number) for lesion in lesions}) == 10543
+    key_slices = {(lesion.folder, lesion.slice_number, lesion.split) for lesion in lesions}
+    assert [sum(key[2] == split for key in key_slices) for split in ("train", "val", "test")] == [919, 4793, 4831]
+    sure = [lesion for lesion in lesions if not lesion.noisy]
+    assert [sum(lesion.split == split for lesion in sure) for split in ("val", "test")] == [4887, 4912]
     beyond = {f"{lesion.folder}_{lesion.slice_number:03d}" for lesion in lesions if lesion.box[2] > 512}
     assert {"000211_02_01_018", "000211_04_01_022", "003957_03_01_586"} <= beyond
     patients = [Item(str(i), lesion.folder[:6], lesion.split, list) for i, lesion in enumerate(lesions)]  # type: ignore[arg-type]
     assert len(assign_splits(patients, (1, 0, 0), 0)) == 1484
+
+
+def test_zip_parts_of_the_real_slices(tmp_path: Path):
+    (tmp_path / "DL_info.csv").symlink_to(ROOT / "DL_info_subset.csv")
+    for number, folder in enumerate(sorted((ROOT / "Images_png").iterdir()), 1):
+        with zipfile.ZipFile(tmp_path / f"Images_png_{number:02d}.zip", "w", zipfile.ZIP_DEFLATED) as part:
+            for file in folder.iterdir():
+                part.write(file, f"Images_png/{folder.name}/{file.name}")
+    packed, plain = read_deeplesion(tmp_path), read_deeplesion(ROOT)
+    assert [item.key for item in packed.items] == [item.key for item in plain.items]
+    for a, b in zip(map(load, packed.items), map(load, plain.items), strict=True):
+        assert np.array_equal(a.volume.hu, b.volume.hu)
+        assert np.array_equal(a.volume.affine, b.volume.affine)
+
+
+def test_all_sub_volumes_with_3d_boxes():
+    sub_volumes = read_boxes(ROOT / "manual_3d_boxes.json")
+    by_split = {split: [one for one in sub_volumes if one.split == split] for split in ("val", "test")}
+    assert {split: len(found) for split, found in by_split.items()} == {"val": 200, "test": 799}
+    assert {split: sum(len(one.boxes) for one in found) for split, found in by_split.items()} == {
+        "val": 1292,
+        "test": 4150,
+    }
+    patients = {split: {one.series[:6] for one in found} for split, found in by_split.items()}
+    assert (len(patients["val"]), len(patients["test"])) == (99, 519)
+    assert not patients["val"] & patients["test"]
+    assert sum(not one.boxes for one in by_split["test"]) == 31
+    rows = {(lesion.folder, lesion.slice_number): lesion.split for lesion in read_table(ROOT / "DL_info_subset.csv")}
+    official = {rows.get((one.series, number)) for one in sub_volumes for number in one.numbers} - {None}
+    assert official == {"test"}
+
+
+def test_the_sub_volume_with_pixels():
+    source = read_deeplesion_3d(ROOT)
+    assert [(item.key, item.split) for item in source.items] == [("000001_01_01_103-115", "test")]
+    assert source.notes == ("998 sub-volumes without their images, not used",)
+    series = load(source.items[0])
+    assert series.volume.spacing_mm == pytest.approx((5, 0.488281, 0.488281))
+    boxes, _, _ = boxes_3d(series.truths)
+    assert (boxes + [0, 0, 103, 0, 0, 102]).tolist() == [
+        [220, 88, 108, 246, 116, 110],
+        [286, 168, 109, 309, 198, 112],
+        [233, 80, 107, 256, 106, 110],
+    ]
+    (marked,) = [truth for truth in load(read_deeplesion(ROOT).items[0]).truths if truth.boxes is not None]
+    assert marked.boxes is not None
+    x1, y1, x2, y2 = marked.boxes[0]
+    on_slice = series.truths[109 - 103].boxes
+    assert on_slice is not None
+    left, top, right, bottom = on_slice.T
+    overlap = (np.minimum(right, x2) - np.maximum(left, x1)).clip(0) * (np.minimum(bottom, y2) - np.maximum(top, y1))
+    assert overlap.max() / ((x2 - x1) * (y2 - y1)) > 0.8

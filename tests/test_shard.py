@@ -65,7 +65,8 @@ def test_series_comes_back_as_it_was(tmp_path):
     mask = np.zeros((16, 16), np.uint8)
     mask[2:4, 1:3] = 7
     nothing = Truth(np.zeros((0, 4), np.float32), np.zeros(0, np.int64))
-    truths = (Truth(), nothing, Truth(boxes, np.array([1, 3])), Truth(mask=mask), Truth(boxes[:1]))
+    two = Truth(boxes, np.array([1, 3]), instances=np.array([7, 2]))
+    truths = (Truth(), nothing, two, Truth(mask=mask), Truth(boxes[:1]))
     series = replace(make_series(truths=truths), warnings=("LOCALIZER_DROPPED",))
     shards = write_set(tmp_path, series)
     (entry,) = shards.entries
@@ -90,9 +91,11 @@ def test_series_comes_back_as_it_was(tmp_path):
     assert back[1].boxes.shape == (0, 4)
     assert np.array_equal(np.array(back[2].boxes), boxes)
     assert np.array_equal(np.array(back[2].labels), [1, 3])
+    assert np.array_equal(np.array(back[2].instances), [7, 2])
     assert np.array_equal(np.array(back[3].mask), mask)
     assert back[3].boxes is None
     assert back[4].labels is None
+    assert back[4].instances is None
 
 
 def test_nobody_looked_at_all(tmp_path):
@@ -125,6 +128,8 @@ def test_pictures_keep_their_jpeg(tmp_path):
         ({"boxes": np.zeros((0, 5), np.float32)}, r"\(b, 4\)"),
         ({"boxes": np.array([[1, 2, 3, 4]], np.float32), "labels": np.array([0])}, "from 1 on"),
         ({"boxes": np.array([[1, 2, 3, 4]], np.float32), "labels": np.array([1, 1])}, "one label"),
+        ({"boxes": np.array([[1, 2, 3, 4]], np.float32), "instances": np.array([0])}, "one instance from 1 on"),
+        ({"instances": np.array([1])}, "one instance"),
         ({"mask": np.zeros((15, 16), np.uint8)}, "mask"),
     ],
 )

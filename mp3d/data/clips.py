@@ -4,7 +4,8 @@ A clip has its own spacing (2.5 mm in the papers). Around a key slice the neighb
 of that spacing; a whole series is read on one grid of that spacing, anchored at its first slice. Positions beyond the
 ends are clamped to the outermost slice, as the authors' loader steps back towards the key slice. Differs from the
 authors' ``image_io_3DCE.py``: they compute the two weights once and reuse them for every neighbour, which is off by up
-to 1.5 mm at 3 and 4 mm spacing; here every neighbour has its own.
+to 1.5 mm at 3 and 4 mm spacing; here every neighbour has its own, unless ``ClipConfig.interpolation`` asks for theirs.
+A whole series is always read exactly.
 """
 
 from dataclasses import dataclass
@@ -28,8 +29,10 @@ def window_positions(
         num_source: slices in the series.
         source_spacing_mm: their spacing; unused where ``clip.slice_spacing_mm`` is None.
     """
-    offsets = np.arange(clip.num_slices) - clip.num_slices // 2
-    return np.clip(key + offsets * _step(source_spacing_mm, clip), 0, num_source - 1)
+    offsets = (np.arange(clip.num_slices) - clip.num_slices // 2) * _step(source_spacing_mm, clip)
+    if clip.interpolation == "authors":
+        offsets = np.sign(offsets) * _authors_distances(np.abs(offsets), _step(source_spacing_mm, clip))
+    return np.clip(key + offsets, 0, num_source - 1)
 
 
 def resample_z(slices: Int16[np.ndarray, "n h w"], positions: Float[np.ndarray, "d"]) -> Int16[np.ndarray, "d h w"]:
@@ -94,6 +97,15 @@ def series_grid(num_source: int, source_spacing_mm: float, clip: ClipConfig) -> 
     # a hair of tolerance, so that the last slice is not lost to rounding where the spacings divide evenly
     count = int(np.floor((num_source - 1) / step + 1e-6)) + 1
     return SeriesGrid(num_source, step, np.minimum(np.arange(count) * step, num_source - 1))
+
+
+def _authors_distances(distances: Float[np.ndarray, "d"], step: float) -> Float[np.ndarray, "d"]:
+    """Slices from the key slice to where the authors' weights really put a neighbour.
+
+    They mix the slices below and above ``distances`` with the fraction of the *first* neighbour's, ``step``.
+    """
+    below = np.floor(distances)
+    return np.where(distances == below, distances, below + step % 1)
 
 
 def _step(source_spacing_mm: float | None, clip: ClipConfig) -> float:

@@ -27,7 +27,16 @@ def _read_structure_set(source: Path | bytes, **arguments: Any) -> tuple[Any, np
     return structure_set_task(source, **arguments)
 
 
-TASKS: dict[str, Task] = DICOM_TASKS | {"read_structure_set": _read_structure_set}
+def _read_segmentation(source: Path | bytes, **arguments: Any) -> tuple[Any, np.ndarray | None]:
+    from mp3d.data.segmentation import segmentation_task
+
+    return segmentation_task(source, **arguments)
+
+
+TASKS: dict[str, Task] = DICOM_TASKS | {
+    "read_structure_set": _read_structure_set,
+    "read_segmentation": _read_segmentation,
+}
 """All that a worker can be asked to do."""
 
 

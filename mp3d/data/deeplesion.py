@@ -5,27 +5,25 @@ gaps between; each run is an item of its own. About half of the lesions were mar
 other slice nothing is known.
 """
 
-import io
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from jaxtyping import Float, Int16
 
-from mp3d.data.deeplesion_table import SERIES_FOLDER, SLICE_FILE, Lesion, read_table
+from mp3d.data.deeplesion_images import SliceListing, SliceRun, list_slices, read_run
+from mp3d.data.deeplesion_table import Lesion, read_table
 from mp3d.data.series import CTSeries, Truth, Volume
 from mp3d.data.source import Item, Source
 from mp3d.errors import DataError, Refusal
 
-HU_OFFSET = 32768
-"""Subtracted from the stored unsigned 16-bit values (the data set's own README)."""
 READER = "deeplesion/1"
-MAX_SLICE_SIZE = 4096
-"""Rows or columns; the data set has 512 to 1024."""
+
+Box = tuple[float, float, float, float]
 
 
 def read_deeplesion(
@@ -40,48 +38,43 @@ def read_deeplesion(
     Args:
         root: folder of the data set.
         annotations: the table of lesions; left out: the only ``DL_info*.csv`` in the root.
-        images: folder of the series folders; left out: ``Images_png`` in the root.
+        images: folder of the series folders, or of the zip parts (``Images_png_*.zip``) as published, which need not be
+            unpacked; left out: ``Images_png`` in the root, and the root.
         keep_noisy: keep the boxes that are marked as possibly noisy, as the MP3D paper does.
 
     Raises:
         DataError: no table, no images, or a table that cannot be read or contradicts itself.
     """
-    annotations = annotations or _only_table(root)
-    images = (images or root / "Images_png").absolute()
-    if not images.is_dir():
-        raise DataError(f"{images} is no folder; unpack the PNG archives there, or name the folder with --images")
-    lesions: dict[str, list[Lesion]] = defaultdict(list)
-    for lesion in read_table(annotations):
-        lesions[lesion.folder].append(lesion)
+    annotations = annotations or only_table(root)
+    listing = list_slices(root, images)
+    lesions = lesions_by_series(annotations)
     items: list[Item] = []
-    refused: list[tuple[str, Refusal]] = []
+    refused = list(listing.refused)
     counts: Counter[str] = Counter()
-    for folder in sorted(lesions.keys() | _series_folders(images)):
-        if folder not in lesions:
+    for series in sorted(lesions.keys() | listing.places.keys()):
+        if series not in lesions:
             counts["series folders without a row in the table, so without spacing and split, not used"] += 1
             continue
-        splits = sorted({lesion.split for lesion in lesions[folder]})
+        splits = sorted({lesion.split for lesion in lesions[series]})
         if len(splits) > 1:
-            raise DataError(f"{annotations} puts {folder} into {' and '.join(splits)}; a series is in one split")
-        runs = consecutive_runs(_slice_numbers(images / folder))
-        there = {number for run in runs for number in run}
+            raise DataError(f"{annotations} puts {series} into {' and '.join(splits)}; a series is in one split")
+        there = listing.places.get(series, {})
         counts["rows of the table without their image, not used"] += sum(
-            lesion.slice_number not in there for lesion in lesions[folder]
+            lesion.slice_number not in there for lesion in lesions[series]
         )
-        for run in runs:
-            key = f"{folder}/{run[0]:03d}-{run[-1]:03d}"
+        for run in listing.runs(series):
+            key = f"{series}/{run.name}"
             try:
-                spacing_mm = _spacing(lesions[folder], run)
+                spacing_mm = run_spacing(lesions[series], run)
             except Refusal as refusal:
                 refused.append((key, refusal))
                 continue
-            marked = [lesion for lesion in lesions[folder] if lesion.slice_number in run]
+            marked = [lesion for lesion in lesions[series] if lesion.slice_number in run.numbers]
             kept = tuple(lesion for lesion in marked if keep_noisy or not lesion.noisy)
             counts["boxes marked as possibly noisy, not used"] += len(marked) - len(kept)
-            load = partial(load_run, images / folder, run, kept, spacing_mm)
-            items.append(Item(key, folder.split("_")[0], splits[0], load))
+            items.append(Item(key, series.split("_")[0], splits[0], partial(load_run, run, kept, spacing_mm)))
     if not items and not refused:
-        raise DataError(f"no image of {annotations.name} is under {images}; it must hold folders such as 000001_01_01")
+        raise DataError(f"no image of {annotations.name} is there; name the folder that holds them with --images")
     return Source(
         dataset="deeplesion",
         reader=READER,
@@ -89,67 +82,90 @@ def read_deeplesion(
         items=tuple(items),
         refused=tuple(refused),
         options={"keep_noisy": keep_noisy, "annotations_sha256": sha256(annotations.read_bytes()).hexdigest()},
-        notes=tuple(f"{count} {what}" for what, count in sorted(counts.items()) if count),
+        notes=notes(counts, listing),
     )
 
 
-def load_run(folder: Path, run: range, lesions: Sequence[Lesion], spacing_mm: tuple[float, float, float]) -> CTSeries:
+def load_run(run: SliceRun, lesions: Sequence[Lesion], spacing_mm: tuple[float, float, float]) -> CTSeries:
     """Read consecutive slices.
 
     Args:
-        folder: of the series.
-        run: numbers of the slices.
+        run: the slices.
         lesions: those with their key slice in the run.
         spacing_mm: x, y, slice interval.
 
     Raises:
-        Refusal: ``UNREADABLE``, ``BAD_IMAGE``, ``TOO_LARGE`` or ``MIXED_SIZE``.
+        Refusal: as :func:`~mp3d.data.deeplesion_images.read_run`.
     """
-    slices = [_read_slice(folder / f"{number:03d}.png") for number in run]
-    sizes = {hu.shape for hu in slices}
-    if len(sizes) > 1:
-        raise Refusal("MIXED_SIZE", f"slices of {len(sizes)} sizes in one run: {sorted(sizes)} (rows, columns)")
-    hu = np.stack(slices)
-    affine = np.diag([*spacing_mm, 1.0])
-    affine[2, 3] = run[0] * spacing_mm[2]
+    hu = read_run(run)
     boxes: dict[int, list[np.ndarray]] = defaultdict(list)
     warnings: set[str] = set()
     for lesion in lesions:
-        box, warning = _clip(lesion.box, *hu.shape[1:])
+        box, warning = clip_box(lesion.box, *hu.shape[1:])
         if warning:
             warnings.add(warning)
         if box is not None:
             boxes[lesion.slice_number].append(box)
-    patient, study, _ = folder.name.split("_")
+    truths = tuple(_truth(boxes[number]) for number in run.numbers)
+    return series_of_run(run, hu, spacing_mm, truths, warnings)
+
+
+def series_of_run(
+    run: SliceRun,
+    hu: Int16[np.ndarray, "d h w"],
+    spacing_mm: tuple[float, float, float],
+    truths: tuple[Truth, ...],
+    warnings: set[str],
+) -> CTSeries:
+    """The slices of a run under its names; ``spacing_mm`` is x, y, slice interval."""
+    affine = np.diag([*spacing_mm, 1.0])
+    affine[2, 3] = run.first * spacing_mm[2]
+    patient, study, _ = run.series.split("_")
     return CTSeries(
         patient=patient,
         study=f"{patient}_{study}",
-        series=f"{folder.name}_{run[0]:03d}-{run[-1]:03d}",
+        series=f"{run.series}_{run.name}",
         volume=Volume(hu, affine),
-        truths=tuple(_truth(boxes[number]) for number in run),
-        first_index=run[0],
+        truths=truths,
+        first_index=run.first,
         warnings=tuple(sorted(warnings)),
     )
 
 
-def consecutive_runs(numbers: Iterable[int]) -> list[range]:
-    """Numbers without a gap between them, ascending."""
-    runs: list[range] = []
-    for number in sorted(numbers):
-        if runs and runs[-1].stop == number:
-            runs[-1] = range(runs[-1].start, number + 1)
-        else:
-            runs.append(range(number, number + 1))
-    return runs
+def only_table(root: Path) -> Path:
+    """The table of lesions of a data set.
+
+    Raises:
+        DataError: there is none in the root, or more than one.
+    """
+    tables = sorted(root.glob("DL_info*.csv"))
+    if len(tables) != 1:
+        found = ", ".join(table.name for table in tables) or "none"
+        raise DataError(f"{root} must hold one DL_info*.csv (found: {found}); name the table with --annotations")
+    return tables[0]
 
 
-def _spacing(lesions: Sequence[Lesion], run: range) -> tuple[float, float, float]:
+def lesions_by_series(annotations: Path) -> dict[str, list[Lesion]]:
+    """The rows of the table; raises as :func:`~mp3d.data.deeplesion_table.read_table`."""
+    lesions: dict[str, list[Lesion]] = defaultdict(list)
+    for lesion in read_table(annotations):
+        lesions[lesion.folder].append(lesion)
+    return dict(lesions)
+
+
+def notes(counts: Counter[str], listing: SliceListing) -> tuple[str, ...]:
+    """A line for everything that was counted."""
+    told = counts + Counter({"slices that lie in two places, read from the first": listing.num_twice})
+    return tuple(f"{count} {what}" for what, count in sorted(told.items()))
+
+
+def run_spacing(lesions: Sequence[Lesion], run: SliceRun) -> tuple[float, float, float]:
     """Of the rows of this run, or, where it has none, of the whole folder (two of its runs may differ).
 
     Raises:
         Refusal: ``BAD_SPACING`` or ``MIXED_SPACING``.
     """
-    of_run = {lesion.spacing_mm for lesion in lesions if lesion.slice_number in run}
+    of_run = {lesion.spacing_mm for lesion in lesions if lesion.slice_number in run.numbers}
     found = of_run or {lesion.spacing_mm for lesion in lesions}
     for spacing_mm in found:
         if not all(math.isfinite(value) and value > 0 for value in spacing_mm):
@@ -159,7 +175,7 @@ def _spacing(lesions: Sequence[Lesion], run: range) -> tuple[float, float, float
     return found.pop()
 
 
-def _clip(box: tuple[float, float, float, float], rows: int, columns: int) -> tuple[np.ndarray | None, str | None]:
+def clip_box(box: Box, rows: int, columns: int) -> tuple[Float[np.ndarray, " 4"] | None, str | None]:
     """The box inside the image, or None where nothing is left, and a warning code."""
     inside = np.clip(np.array(box, np.float32), 0, np.array([columns, rows, columns, rows], np.float32))
     if not (inside[0] < inside[2] and inside[1] < inside[3]):  # also where a number is NaN
@@ -170,40 +186,3 @@ def _clip(box: tuple[float, float, float, float], rows: int, columns: int) -> tu
 def _truth(boxes: Sequence[np.ndarray]) -> Truth:
     """A slice whose boxes were all dropped is no slice without lesions."""
     return Truth(np.stack(boxes), np.ones(len(boxes), np.int64)) if boxes else Truth()
-
-
-def _read_slice(path: Path) -> np.ndarray:
-    try:
-        content = path.read_bytes()
-        with Image.open(io.BytesIO(content)) as image:
-            image.verify()  # the checksums of a PNG, which decoding skips
-        with Image.open(io.BytesIO(content)) as image:
-            if image.format != "PNG" or image.mode != "I;16":
-                raise Refusal("BAD_IMAGE", f"a slice is {image.format} {image.mode}; it must be a 16-bit grey PNG")
-            if max(image.size) > MAX_SLICE_SIZE:
-                raise Refusal("TOO_LARGE", f"a slice has {image.size} pixels; at most {MAX_SLICE_SIZE} each way")
-            stored = np.asarray(image)
-    except (FileNotFoundError, PermissionError) as error:
-        raise Refusal("UNREADABLE", "a slice that was listed is gone or must not be read") from error
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise Refusal("BAD_IMAGE", f"a slice is no PNG, or damaged ({type(error).__name__}); copy it again") from error
-    return (stored.astype(np.int32) - HU_OFFSET).astype(np.int16)  # 0..65535 - 32768 just fits
-
-
-def _only_table(root: Path) -> Path:
-    tables = sorted(root.glob("DL_info*.csv"))
-    if len(tables) != 1:
-        found = ", ".join(table.name for table in tables) or "none"
-        raise DataError(f"{root} must hold one DL_info*.csv (found: {found}); name the table with --annotations")
-    return tables[0]
-
-
-def _series_folders(images: Path) -> set[str]:
-    return {child.name for child in images.iterdir() if SERIES_FOLDER.fullmatch(child.name) and child.is_dir()}
-
-
-def _slice_numbers(folder: Path) -> set[int]:
-    if not folder.is_dir():
-        return set()
-    names = (child.name for child in folder.iterdir())
-    return {int(match[1]) for name in names if (match := SLICE_FILE.fullmatch(name))}

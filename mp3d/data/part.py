@@ -151,7 +151,7 @@ def _load_rows(item: Item, split: str, origin: Origin) -> tuple[list[Row], Seque
         loaded = item.load()
         if isinstance(loaded, CTSeries):
             return series_rows(loaded, split, origin), loaded.warnings, ()
-        return picture_rows(loaded.pictures, split, origin), (), loaded.refused
+        return picture_rows(loaded.pictures, split, origin), loaded.warnings, loaded.refused
     except Refusal as refusal:
         return [], (), [(item.key, refusal)]
     except Exception as error:

@@ -8,6 +8,7 @@ REASONS: dict[str, str] = {
     # files
     "UNREADABLE": "The file cannot be opened or read. Check its permissions and the disk.",
     "NOT_DICOM": "No DICOM file. Take it out of the folder, or export it again.",
+    "BAD_ARCHIVE": "A zip, or a file in it, is damaged, cut off, encrypted or oddly packed. Fetch it again.",
     "TRUNCATED": "The file ends too early. Copy or export it again.",
     "BAD_HEADER": "An element of the header cannot be parsed. Export the file again.",
     "TOO_LARGE": "Larger than any CT that is read here. Check rows, columns and number of slices.",
@@ -47,8 +48,13 @@ REASONS: dict[str, str] = {
     "MISSING_MASK": "Not exactly one mask beside the image. Add or name it, or read the images without masks.",
     "MASK_MISMATCH": "The mask does not lie on the image's grid. Resample it onto the image.",
     "BAD_LABELS": "A mask holds values that no class name stands for. Name the classes, or clear the mask.",
+    "SIZE_MISMATCH": "The picture has another size than its annotation. Use the pictures that were annotated.",
     "BAD_STRUCTURE_SET": "The RT Structure Set cannot be read. Export it again.",
+    "BAD_ANNOTATION": "The annotation of this series cannot be read, or is not of it. Fetch it again.",
+    "BAD_SEGMENTATION": "The DICOM SEG cannot be read. Export it again, as binary or fractional segments.",
     "CONTOUR_OFF_PLANE": "A contour does not lie on a slice of the volume. Draw or resample it on this series.",
+    "BAD_BOX": "A row of the table of boxes cannot be used. Mend the line that the detail names.",
+    "BOX_OFF_SLICE": "A row of the table of boxes names no slice of its series. Mend the line that the detail names.",
     # the program
     "READER_FAILED": "A defect of the reader, not of the data. Report it with its text.",
 }
@@ -69,10 +75,14 @@ WARNINGS: dict[str, str] = {
     "TILT_TAG_IGNORED": "Gantry/Detector Tilt is not zero, but the slices lie straight above one another.",
     "NOT_AXIAL": "The slices are nearer to coronal or sagittal than to axial.",
     "HU_CLIPPED": "Values beyond the range of 16-bit integers were clipped.",
-    "ROI_NOT_FOUND": "The structure set of this series outlines no matching region; nobody searched its slices.",
-    "CONTOUR_OUTSIDE_DROPPED": "Contours above or below the slices at hand were left out.",
+    "AMBIGUOUS_NODULE": "Outlines of one reader, or of more than four, could not be told apart and are one nodule.",
+    "UNSETTLED_SLICES": "Slices with marks, but no nodule that enough readers agree on, count as not searched.",
+    "AFFINE_REPAIRED": "The image's header does not say its spacing; the segmentation's, or the given one, was taken.",
+    "MASK_HEADER_IGNORED": "Image and mask disagree on directions or origin; the mask was laid voxel on voxel.",
+    "ROI_NOT_FOUND": "No structure set or segmentation of the series has a matching region; it counts as not searched.",
+    "CONTOUR_OUTSIDE_DROPPED": "Contours or segmented planes above or below the slices at hand were left out.",
     "BOX_CLIPPED": "A box reached beyond the image and was cut there.",
-    "BOX_DROPPED": "A box had no extent inside the image and was left out; its slice counts as not searched.",
+    "BOX_DROPPED": "A box without extent in the image was left out; an image left with none counts as not searched.",
 }
 """What was tolerated in a series that is used."""
 

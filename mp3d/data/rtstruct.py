@@ -13,14 +13,14 @@ from pydicom.dataset import Dataset
 from pydicom.filereader import read_dataset
 
 from mp3d.data.decode import Pool, Request
-from mp3d.data.dicom.elements import open_body
+from mp3d.data.dicom.elements import check_structure, open_body
 from mp3d.data.dicom.header import Header
 from mp3d.data.dicom.isolated import as_header, as_plain
 from mp3d.data.masks import fill_contours
 from mp3d.data.series import Volume
 from mp3d.errors import Refusal
 
-LESION_ROI = r"(?i)gtv|lesion|tumou?r|nodule|mass|metasta"
+LESION_ROI = r"(?i)gtv|lesion|tumou?r|neoplas|nodule|mass|metasta"
 """Names of regions that outline a lesion, rather than an organ or a treatment volume."""
 PLANE_TOLERANCE = 0.25
 """A contour may lie off its slice by this share of the slice spacing."""
@@ -55,7 +55,10 @@ def read_structure_set(header: Header, roi: str = LESION_ROI) -> StructureSet:
     with body.file, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # pydicom's warnings quote values, which may name a patient
         try:
+            check_structure(body)
             return _structure_set(read_dataset(body.file, body.implicit_vr, body.little_endian), re.compile(roi))
+        except Refusal as refusal:
+            raise Refusal("BAD_STRUCTURE_SET", refusal.detail) from refusal
         except Exception as error:  # pydicom raises whatever its parsing of broken bytes runs into
             detail = f"the RT Structure Set cannot be parsed ({type(error).__name__}); export it again"
             raise Refusal("BAD_STRUCTURE_SET", detail) from error

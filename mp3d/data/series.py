@@ -1,9 +1,10 @@
 """One series as a reader hands it over: pixels in HU, where they lie in the patient, and what was annotated."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-from jaxtyping import Float, Int16, UInt8
+from jaxtyping import Float, Int16, Int64, UInt8
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,36 @@ class Truth:
     """``(b,)`` int, from 1; one for each box."""
     mask: UInt8[np.ndarray, "h w"] | None = None
     """Label of every pixel, 0 where nothing is."""
+    instances: np.ndarray | None = None
+    """``(b,)`` int, from 1; which object of the series each box is a slice of. None: that is not known."""
+
+
+def boxes_3d(
+    truths: Sequence[Truth],
+) -> tuple[Float[np.ndarray, "n 6"], Int64[np.ndarray, "n"], Int64[np.ndarray, "n"]]:
+    """The 3D boxes that the boxes of all slices are slices of.
+
+    Returns:
+        ``x1 y1 z1 x2 y2 z2`` (float32, voxels, half-open, z counted from the first truth), labels (0 where there are
+        none) and instances, by rising instance. Boxes of no known instance are left out.
+    """
+    boxes: dict[int, np.ndarray] = {}
+    labels: dict[int, int] = {}
+    for z, truth in enumerate(truths):
+        if truth.boxes is None or truth.instances is None:
+            continue
+        own_labels = np.zeros(len(truth.boxes), np.int64) if truth.labels is None else truth.labels
+        for (x1, y1, x2, y2), label, instance in zip(truth.boxes, own_labels, truth.instances.tolist(), strict=True):
+            box = np.array([x1, y1, z, x2, y2, z + 1], np.float32)
+            known = boxes.setdefault(instance, box)
+            boxes[instance] = np.r_[np.minimum(known[:3], box[:3]), np.maximum(known[3:], box[3:])]
+            labels[instance] = int(label)
+    instances = sorted(boxes)
+    return (
+        np.array([boxes[instance] for instance in instances], np.float32).reshape(-1, 6),
+        np.array([labels[instance] for instance in instances], np.int64),
+        np.array(instances, np.int64),
+    )
 
 
 @dataclass(frozen=True)
@@ -51,6 +82,8 @@ class CTSeries:
     """Number of the first slice in the source, for data sets that number their slices (DeepLesion)."""
     warnings: tuple[str, ...] = field(default=())
     """Reason codes of what was tolerated, e.g. ``LOCALIZER_DROPPED``."""
+    image_label: int | None = None
+    """Class of the whole, from 0, for data sets whose items are classified (nodules of LIDC-IDRI)."""
 
     def __post_init__(self) -> None:
         if len(self.truths) != len(self.volume.hu):

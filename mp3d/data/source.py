@@ -19,10 +19,12 @@ class PictureBatch:
     Attributes:
         pictures: in the order of :attr:`Item.members`.
         refused: member and refusal.
+        warnings: reason codes of what was tolerated in any of them.
     """
 
     pictures: tuple[Picture, ...]
     refused: tuple[tuple[str, Refusal], ...] = ()
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ class Source:
 
     Attributes:
         dataset: its name in every row.
-        reader: reader and version, e.g. ``nifti/1``; the version changes when the same files would give other rows.
+        reader: reader and version, e.g. ``volumes/1``; the version changes when the same files would give other rows.
         class_names: of the labels 1, 2, ... of boxes, or of the image labels 0, 1, ... of pictures.
         items: in a stable order.
         refused: what was refused while listing: key and refusal.

@@ -20,6 +20,7 @@ JPEG_EXTENDED = frozenset({uid.JPEGExtended12Bit})
 JPEG_LOSSLESS = frozenset({uid.JPEGLossless, uid.JPEGLosslessSV1})
 JPEG_LS = frozenset({uid.JPEGLSLossless, uid.JPEGLSNearLossless})
 JPEG_2000 = frozenset({uid.JPEG2000Lossless, uid.JPEG2000, uid.HTJ2KLossless, uid.HTJ2KLosslessRPCL, uid.HTJ2K})
+LOSSY = JPEG_EXTENDED | {uid.JPEGLSNearLossless, uid.JPEG2000, uid.HTJ2K}
 COMPRESSED = JPEG_EXTENDED | JPEG_LOSSLESS | JPEG_LS | JPEG_2000 | {uid.RLELossless}
 
 MAX_TILES = 1024

@@ -1,37 +1,40 @@
 """The bytes of one DICOM file to raw elements, under limits; nothing in the file is trusted.
 
-Text is parsed here instead of by pydicom's value classes: they warn with the value and the file name, and both may
-name a patient.
+Elements are found and text is parsed here instead of by pydicom: it reads whole sequences and values into memory, and
+its value classes warn with the value and the file name, which may name a patient.
 """
 
 import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cache
 from io import BufferedReader, BytesIO
 from pathlib import Path
 from typing import NamedTuple
 
 from pydicom import uid
-from pydicom.dataelem import RawDataElement
-from pydicom.filereader import data_element_generator, read_preamble
 from pydicom.tag import Tag
 
+from mp3d.data.dicom.walk import UNDEFINED_LENGTH, Walker
 from mp3d.errors import Refusal
 
+MAX_FILE_BYTES = 4 * 2**30
+"""An Enhanced CT of 4096 frames of 512 x 512 has half of it."""
 MAX_INFLATED_BYTES = 128 * 2**20
 """A deflated file may grow to this; one megabyte on disk can hold a gigabyte of zeros."""
 MAX_VALUE_BYTES = 4096
 """Of any element that is read here."""
-MAX_FRAGMENTS = 4096
-"""Of the compressed pixels of one slice; nearly always there is one."""
+MAX_FRAGMENTS = 16384
+"""Of compressed pixels; nearly always there is one per slice."""
 
 PIXEL_DATA = 0x7FE00010
-UNDEFINED_LENGTH = 0xFFFFFFFF
 ITEM = b"\xfe\xff\x00\xe0"
 SEQUENCE_DELIMITER = b"\xfe\xff\xdd\xe0"
 """Tags (FFFE,E000) and (FFFE,E0DD) as they stand before and behind the fragments of compressed pixels."""
+META_KEYWORDS = ("MediaStorageSOPClassUID", "MediaStorageSOPInstanceUID", "TransferSyntaxUID")
 
-Elements = dict[int, RawDataElement]
+Elements = dict[int, bytes]
+"""Value by tag; of one that is too long, a little more than :data:`MAX_VALUE_BYTES`."""
 File = BufferedReader | BytesIO
 
 
@@ -82,7 +85,7 @@ def open_body(source: Path | bytes) -> Body:
         return _open_body(file)
     except OSError as error:
         file.close()
-        raise Refusal("UNREADABLE", f"the file cannot be read ({type(error).__name__})") from error
+        raise _unreadable(error) from error
     except BaseException:
         file.close()
         raise
@@ -90,8 +93,12 @@ def open_body(source: Path | bytes) -> Body:
 
 def _open_body(file: File) -> Body:
     size = file.seek(0, 2)
-    file.seek(0)
-    bare = read_preamble(file, force=True) is None
+    if size > MAX_FILE_BYTES:
+        raise Refusal("TOO_LARGE", f"the file has {size} bytes, at most {MAX_FILE_BYTES} are read")
+    file.seek(128)
+    bare = file.read(4) != b"DICM"
+    if bare:
+        file.seek(0)
     meta = {} if bare else _read_meta(file)
     syntax = Values(meta).text("TransferSyntaxUID")
     if syntax == uid.DeflatedExplicitVRLittleEndian:
@@ -114,20 +121,34 @@ def _open_body(file: File) -> Body:
 
 def _read_meta(file: File) -> Elements:
     """Group 0002, which is always explicit little endian; leaves the file at the first element behind it."""
-    generator = data_element_generator(file, False, True, stop_when=lambda tag, _vr, _length: tag >> 16 != 2)
+    walker, tags = Walker(file, implicit_vr=False, little_endian=True), {_tag(keyword) for keyword in META_KEYWORDS}
+    meta: Elements = {}
+    end = walker.at
     try:
-        return {int(element.tag): element for element in generator if isinstance(element, RawDataElement)}
-    except Exception as error:  # pydicom raises whatever its parsing of broken bytes runs into
-        raise Refusal("BAD_HEADER", f"the meta information cannot be parsed ({type(error).__name__})") from error
+        while (element := walker.next()) and element.tag >> 16 == 2:
+            if element.tag in tags and element.length != UNDEFINED_LENGTH:
+                meta[element.tag] = walker.read(element.length, MAX_VALUE_BYTES + 1)
+            else:
+                walker.skip(element)
+            end = walker.at
+    except EOFError:  # what is cut off shows in the data set, which is not there
+        end = walker.at
+    file.seek(end)
+    return meta
 
 
 def _inflate(file: File) -> bytes:
     """The deflated rest of a file (DICOM PS3.5 A.5)."""
-    inflater = zlib.decompressobj(-zlib.MAX_WBITS)
+    from imagecodecs import DeflateError, deflate_decode  # twice as fast as zlib, which knows what to say of bad ones
+
+    deflated = file.read(MAX_INFLATED_BYTES)
     try:
-        inflated = inflater.decompress(file.read(), MAX_INFLATED_BYTES)
-    except zlib.error as error:
-        raise Refusal("BAD_HEADER", "the deflated data set is damaged; copy or export it again") from error
+        inflated = bytes(deflate_decode(deflated, raw=True, out=MAX_INFLATED_BYTES))
+    except DeflateError:
+        try:
+            inflated = zlib.decompressobj(-zlib.MAX_WBITS).decompress(deflated, MAX_INFLATED_BYTES)
+        except zlib.error as error:
+            raise Refusal("BAD_HEADER", "the deflated data set is damaged; copy or export it again") from error
     if len(inflated) == MAX_INFLATED_BYTES:
         raise Refusal("TOO_LARGE", f"the deflated data set inflates to more than {MAX_INFLATED_BYTES >> 20} MiB")
     return inflated
@@ -140,40 +161,51 @@ def read_elements(body: Body, keywords: Iterable[str]) -> tuple[Elements, Pixels
         The wanted elements that are there; where the pixels lie; whether the file is cut off, before or inside them.
 
     Raises:
-        Refusal: ``BAD_HEADER``.
+        Refusal: ``UNREADABLE``, ``BAD_HEADER`` or ``TOO_LARGE``.
     """
-    try:
-        return _read_elements(body, [Tag(keyword) for keyword in keywords])
-    except Exception as error:  # pydicom raises whatever its parsing of broken bytes runs into
-        detail = f"the header cannot be parsed ({type(error).__name__}); export the file again"
-        raise Refusal("BAD_HEADER", detail) from error
-
-
-def _read_elements(body: Body, tags: list) -> tuple[Elements, Pixels | None, bool]:
-    pixels: Pixels | None = None
-    end: int | None = None  # of the last element so far, where its length is defined
-
-    def at_pixels(tag: int, _vr: str | None, length: int) -> bool:
-        nonlocal pixels, end
-        start = body.file.tell()
-        end = body.size if length == UNDEFINED_LENGTH else start + length
-        if tag == PIXEL_DATA:
-            pixels = Pixels(start, None if length == UNDEFINED_LENGTH else length)
-        return tag >= PIXEL_DATA
-
-    generator = data_element_generator(body.file, body.implicit_vr, body.little_endian, at_pixels, specific_tags=tags)
+    walker, tags = Walker(body.file, body.implicit_vr, body.little_endian), {_tag(keyword) for keyword in keywords}
     elements: Elements = {}
+    end: int | None = None  # of the last element so far
     try:
-        for element in generator:
-            if isinstance(element, RawDataElement):
-                elements[int(element.tag)] = element
-    except (EOFError, OSError):  # inside a sequence or value of undefined length
+        while element := walker.next():
+            tag, _, length = element
+            if tag == PIXEL_DATA and length == UNDEFINED_LENGTH:
+                return elements, Pixels(walker.at, None), not _reaches_delimiter(body.file, walker.at)
+            if tag == PIXEL_DATA:
+                return elements, Pixels(walker.at, length), walker.at + length > body.size
+            if tag > PIXEL_DATA:
+                end = walker.at + length
+                break
+            if tag in tags and length != UNDEFINED_LENGTH:
+                value = walker.read(length, MAX_VALUE_BYTES + 1)
+                if elements.setdefault(tag, value) != value:
+                    name = f"({tag >> 16:04X},{tag & 0xFFFF:04X})"
+                    raise Refusal("BAD_HEADER", f"{name} is there twice, with two values; export the file again")
+            else:
+                walker.skip(element)
+            end = walker.at
+    except EOFError:  # inside a sequence
         return elements, None, True
-    if pixels is None:
-        return elements, None, end != body.size
-    if pixels.length is None:
-        return elements, pixels, not _reaches_delimiter(body.file, pixels.offset)
-    return elements, pixels, pixels.offset + pixels.length > body.size
+    except OSError as error:
+        raise _unreadable(error) from error
+    return elements, None, end != body.size
+
+
+def check_structure(body: Body) -> None:
+    """Walk through all elements before the pixels, in sequences too, so that pydicom may read them into memory.
+
+    Raises:
+        Refusal: ``UNREADABLE``, ``BAD_HEADER`` or ``TOO_LARGE``.
+    """
+    walker, start = Walker(body.file, body.implicit_vr, body.little_endian, deep=True), body.file.tell()
+    try:
+        while (element := walker.next()) and element.tag < PIXEL_DATA:
+            walker.skip(element)
+    except EOFError:
+        raise Refusal("BAD_HEADER", "the file ends inside a sequence; copy or export it again") from None
+    except OSError as error:
+        raise _unreadable(error) from error
+    body.file.seek(start)
 
 
 def _reaches_delimiter(file: File, offset: int) -> bool:
@@ -185,6 +217,15 @@ def _reaches_delimiter(file: File, offset: int) -> bool:
             return start[:4] == SEQUENCE_DELIMITER
         file.seek(int.from_bytes(start[4:], "little"), 1)
     return False
+
+
+@cache
+def _tag(keyword: str) -> int:
+    return Tag(keyword)
+
+
+def _unreadable(error: OSError) -> Refusal:
+    return Refusal("UNREADABLE", f"the file cannot be read ({type(error).__name__})")
 
 
 class Values:
@@ -232,11 +273,10 @@ class Values:
         return int.from_bytes(raw, "little" if self._little_endian else "big")
 
     def _raw(self, keyword: str) -> bytes:
-        element = self._elements.get(Tag(keyword))
-        value = element.value if element else None
-        if value is not None and len(value) > MAX_VALUE_BYTES:
+        value = self._elements.get(_tag(keyword), b"")
+        if len(value) > MAX_VALUE_BYTES:
             raise self._bad(keyword)
-        return value or b""
+        return value
 
     def _number(self, keyword: str, text: str) -> float:
         if "_" in text:  # Python takes 1_000 for a number

@@ -17,7 +17,7 @@ from pydicom.filereader import read_dataset
 from pydicom.multival import MultiValue
 from pydicom.tag import Tag
 
-from mp3d.data.dicom.elements import ITEM, PIXEL_DATA, File, Pixels, open_body, open_source
+from mp3d.data.dicom.elements import ITEM, PIXEL_DATA, File, Pixels, check_structure, open_body, open_source
 from mp3d.data.dicom.header import MULTIFRAME_CLASSES, Header, read_header
 from mp3d.data.dicom.pixels import NATIVE, check_pixel_format
 from mp3d.errors import Refusal
@@ -77,6 +77,7 @@ def _functional_groups(header: Header) -> tuple[Dataset, list[Dataset]]:
     body = open_body(header.source)
     with body.file, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # pydicom's warnings quote values, which may name a patient
+        check_structure(body)
         try:
             dataset = read_dataset(
                 body.file,
@@ -185,7 +186,6 @@ def _fragments(file: File) -> tuple[bytes, list[int], int]:
         if tag != ITEM:
             return table, starts[1:], at
         if not starts:
-            table = file.read(length)
-        else:
-            file.seek(length, 1)
+            table = file.read(min(length, 4 * MAX_FRAMES))
+        file.seek(at + 8 + length)
         starts.append(at)

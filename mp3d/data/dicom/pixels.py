@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Int16, Integer, UInt16
 from pydicom import uid
 
-from mp3d.data.dicom.decoders import COMPRESSED, Decoded, decode_frame
+from mp3d.data.dicom.decoders import COMPRESSED, LOSSY, Decoded, decode_frame
 from mp3d.data.dicom.elements import ITEM, SEQUENCE_DELIMITER, File, open_body, open_source
 from mp3d.data.dicom.header import Header
 from mp3d.errors import Refusal
@@ -154,7 +154,10 @@ def read_stored(header: Header) -> Integer[np.ndarray, "h w"]:
         _check_sign(header, decoded)
     except Refusal as refusal:
         raise Refusal(refusal.reason, f"{header.label}: {refusal.detail}") from refusal
-    return _stored_bits(decoded.bits, min(decoded.precision, header.bits_stored), header)
+    count = decoded.precision
+    if header.transfer_syntax not in LOSSY:  # lossy coders of 16 bits overshoot the bits stored, and mean it
+        count = min(count, header.bits_stored)
+    return _stored_bits(decoded.bits, count, header)
 
 
 def _stored_bits(raw: UInt16[np.ndarray, "h w"], count: int, header: Header) -> Integer[np.ndarray, "h w"]:

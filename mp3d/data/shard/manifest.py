@@ -14,7 +14,7 @@ from mp3d.data.shard.part_file import SeriesEntry, entry_from_dict, read_row_gro
 from mp3d.data.shard.rows import Row
 from mp3d.errors import DataError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
 
 

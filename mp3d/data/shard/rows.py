@@ -30,6 +30,7 @@ SCHEMA = pa.schema(
         pa.field("image", pa.binary(), nullable=False),
         pa.field("boxes", pa.list_(pa.float32())),  # 4 values a box, xyxy; null: nobody looked
         pa.field("labels", pa.list_(pa.int32())),
+        pa.field("instances", pa.list_(pa.int32())),  # one a box: which object of the series it is a slice of
         pa.field("mask", pa.binary()),  # rows x columns uint8
         pa.field("image_label", pa.int32()),
         pa.field("reader", pa.string(), nullable=False),
@@ -46,7 +47,7 @@ class Origin:
 
     dataset: str
     reader: str
-    """Reader and its version, e.g. ``nifti/1``."""
+    """Reader and its version, e.g. ``volumes/1``."""
     id_key: bytes
     """Secret of the keyed hashes; with the same key a patient has the same id in every data set."""
 
@@ -75,7 +76,7 @@ def series_rows(series: CTSeries, split: str, origin: Origin) -> list[Row]:
         "rows": volume.hu.shape[1],
         "columns": volume.hu.shape[2],
         "encoding": "int16",
-        "image_label": None,
+        "image_label": series.image_label,
     }
     return [
         _sealed(
@@ -134,6 +135,7 @@ def decode_truth(row: Row) -> Truth:
         boxes=None if boxes is None else np.asarray(boxes, np.float32).reshape(-1, 4),
         labels=None if labels is None else np.asarray(labels, np.int64),
         mask=None if mask is None else np.frombuffer(mask, np.uint8).reshape(row["rows"], row["columns"]),
+        instances=None if row["instances"] is None else np.asarray(row["instances"], np.int64),
     )
 
 
@@ -156,15 +158,19 @@ def _identity(patient: str, study: str, series: str, split: str, origin: Origin)
 def _truth_columns(truth: Truth, rows: int, columns: int) -> Row:
     boxes = None if truth.boxes is None else np.asarray(truth.boxes, np.float32)
     labels = None if truth.labels is None else np.asarray(truth.labels)
+    instances = None if truth.instances is None else np.asarray(truth.instances)
     if boxes is not None:
         _check_boxes(boxes, rows, columns)
-    if labels is not None and (boxes is None or labels.shape != boxes.shape[:1] or not (labels >= 1).all()):
-        raise ValueError(f"labels {labels.tolist()} for boxes {boxes}; there must be one label from 1 on for each box")
+    for name, numbers in (("label", labels), ("instance", instances)):
+        if numbers is not None and (boxes is None or numbers.shape != boxes.shape[:1] or not (numbers >= 1).all()):
+            rule = f"there must be one {name} from 1 on for each box"
+            raise ValueError(f"{name}s {numbers.tolist()} for boxes {boxes}; {rule}")
     if truth.mask is not None and (truth.mask.shape != (rows, columns) or truth.mask.dtype != np.uint8):
         raise ValueError(f"the mask is {truth.mask.dtype} {truth.mask.shape}; it must be uint8 {(rows, columns)}")
     return {
         "boxes": None if boxes is None else boxes.ravel().tolist(),
         "labels": None if labels is None else labels.tolist(),
+        "instances": None if instances is None else instances.tolist(),
         "mask": None if truth.mask is None else truth.mask.tobytes(),
     }
 

@@ -1,4 +1,4 @@
-"""NIfTI volumes and masks in any orientation."""
+"""Volumes and masks in any orientation, and what is wrong with NIfTI files; other formats have tests of their own."""
 
 import gzip
 import itertools
@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 
-from mp3d.data.nifti import load_image, read_nifti
 from mp3d.data.series import CTSeries, Volume
+from mp3d.data.volumes import load_image, read_volumes
 from mp3d.errors import ConfigError, Refusal
 from tests.dicom_files import made_volume, random_orientation
 
@@ -43,7 +43,7 @@ def patched(path: Path, offset: int, values: bytes) -> Path:
 
 
 def load(root: Path, **options) -> CTSeries:
-    source = read_nifti(root, **options)
+    source = read_volumes(root, **options)
     assert source.refused == ()
     (item,) = source.items
     series = item.load()
@@ -107,7 +107,7 @@ def test_folders_without_exactly_one_pair_are_refused(tmp_path: Path) -> None:
     write_case(tmp_path / "no_mask", image_of(VOLUME.hu))
     write_case(tmp_path / "two_images", image_of(VOLUME.hu), image_of(lesions()))
     sitk.WriteImage(image_of(VOLUME.hu), tmp_path / "two_images" / "CT_image2.nii.gz")
-    source = read_nifti(tmp_path, image="CT_image*.nii.gz")
+    source = read_volumes(tmp_path, image="CT_image*.nii.gz")
     assert source.items == ()
     assert [(key, refusal.reason) for key, refusal in source.refused] == [
         ("no_mask/CT_image.nii.gz", "MISSING_MASK"),
@@ -263,7 +263,7 @@ def test_damaged_file(tmp_path: Path) -> None:
 )
 def test_bad_masks(tmp_path: Path, mask: sitk.Image, reason: str) -> None:
     write_case(tmp_path / "p1", image_of(VOLUME.hu), mask)
-    (item,) = read_nifti(tmp_path).items
+    (item,) = read_volumes(tmp_path).items
     with pytest.raises(Refusal) as caught:
         item.load()
     assert caught.value.reason == reason
@@ -271,6 +271,6 @@ def test_bad_masks(tmp_path: Path, mask: sitk.Image, reason: str) -> None:
 
 def test_bad_arguments(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="image is empty"):
-        read_nifti(tmp_path, image="")
+        read_volumes(tmp_path, image="")
     with pytest.raises(ConfigError, match="0 class names"):
-        read_nifti(tmp_path, class_names=())
+        read_volumes(tmp_path, class_names=())

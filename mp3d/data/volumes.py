@@ -1,4 +1,4 @@
-"""Folders of NIfTI volumes with masks, in any orientation.
+"""Folders of volumes with masks, in NIfTI, NRRD or MetaImage and in any orientation.
 
 Axes are permuted and flipped, never resampled, until columns run most nearly to the patient's left (+x), rows to
 posterior (+y) and slices to superior (+z), as in an axial DICOM series. An oblique rest stays in the affine.
@@ -8,34 +8,36 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Float, UInt8
 
 from mp3d.data.files import walk
 from mp3d.data.geometry import MIN_SLICES, check_pixel_spacing, check_slice_spacing
-from mp3d.data.masks import boxes_from_mask
-from mp3d.data.nifti_file import read_nifti_file
+from mp3d.data.masks import truths_from_mask
 from mp3d.data.series import CTSeries, Truth, Volume
 from mp3d.data.source import Item, Source
+from mp3d.data.stored_volume import AxialVolume, to_axial
+from mp3d.data.volume_file import is_volume_file, read_volume_file
 from mp3d.errors import ConfigError, Refusal
 
 GRID_TOLERANCE_MM = 1e-2
 """Corners of image and mask may lie this far apart."""
 MAX_CLASSES = 255
 """The stored mask has a byte per pixel."""
-READER = "nifti/1"
+READER = "volumes/1"
 _INT16 = np.iinfo(np.int16)
 
 
-def read_nifti(
+def read_volumes(
     root: Path,
     image: str = "CT_image.nii.gz",
     mask: str | None = "CT_mask.nii.gz",
     class_names: tuple[str, ...] = ("lesion",),
-    dataset: str = "nifti",
+    dataset: str = "volumes",
 ) -> Source:
-    """CT volumes in NIfTI, one folder each, with a mask beside the image.
+    """CT volumes in NIfTI, NRRD or MetaImage, one folder each, with a mask beside the image.
 
-    A folder's name stands for the patient. A volume with a mask was searched: slices without a label hold nothing.
+    The format is told by the end of the name: .nii, .nii.gz, .nrrd, .nhdr, .mha or .mhd. A folder's name stands for the
+    patient. A volume with a mask was searched: slices without a label hold nothing.
 
     Args:
         root: folder, searched through all subfolders; links are followed.
@@ -48,13 +50,14 @@ def read_nifti(
         ConfigError: no file name, or more classes than a byte holds.
     """
     if not image:
-        raise ConfigError("image is empty; give the file name of the images, such as CT_image.nii.gz")
+        raise ConfigError("image is empty; give the file name of the images, such as CT_image.nii.gz or *.nrrd")
     if not 1 <= len(class_names) <= MAX_CLASSES:
         raise ConfigError(f"{len(class_names)} class names; 1 to {MAX_CLASSES} are possible")
     root = root.absolute()
     folders: dict[Path, list[Path]] = {}
     for path in walk(root):
-        folders.setdefault(path.parent, []).append(path)
+        if is_volume_file(path):
+            folders.setdefault(path.parent, []).append(path)
     items: list[Item] = []
     refused: list[tuple[str, Refusal]] = []
     for folder, paths in folders.items():
@@ -87,18 +90,40 @@ def load_pair(image: Path, mask: Path | None, patient: str, key: str, num_classe
     volume, warnings = load_image(image)
     truths = tuple(Truth() for _ in volume.hu)
     if mask is not None:
-        labels = load_mask(mask, volume, num_classes)
-        truths = tuple(Truth(*boxes_from_mask(plane), mask=plane) for plane in labels)
+        truths = truths_from_mask(load_mask(mask, volume, num_classes))
     return CTSeries(patient, patient, key, volume, truths, warnings=warnings)
 
 
 def load_image(path: Path) -> tuple[Volume, tuple[str, ...]]:
-    """A CT volume in HU, rounded and clipped to int16, in the axis order described above; warning codes.
+    """A CT volume in HU; warning codes.
 
     Raises:
-        Refusal: as :func:`~mp3d.data.nifti_file.read_nifti_file`, ``BAD_SPACING`` or ``TOO_FEW_SLICES``.
+        Refusal: as :func:`~mp3d.data.volume_file.read_volume_file`, ``UNKNOWN_ORIENTATION``, or as :func:`to_hu`.
     """
-    image = read_nifti_file(path, "the image")
+    return to_hu(to_axial(read_volume_file(path, "the image"), "the image"))
+
+
+def load_mask(path: Path, volume: Volume, num_classes: int) -> UInt8[np.ndarray, "d h w"]:
+    """The mask of a volume, in its axis order.
+
+    Raises:
+        Refusal: as :func:`~mp3d.data.volume_file.read_volume_file`, ``UNKNOWN_ORIENTATION``, ``MASK_MISMATCH`` or
+            ``BAD_LABELS``.
+    """
+    image = to_axial(read_volume_file(path, "the mask"), "the mask")
+    check_mask_shape(image.stored.shape, volume.hu.shape)
+    off = distance_mm(image.affine, volume.affine, volume.hu.shape)
+    if off > GRID_TOLERANCE_MM:
+        raise Refusal("MASK_MISMATCH", f"mask and image lie up to {off:.2f} mm apart; resample the mask onto the image")
+    return to_labels(image, num_classes)
+
+
+def to_hu(image: AxialVolume) -> tuple[Volume, tuple[str, ...]]:
+    """The values rounded and clipped to int16; warning codes.
+
+    Raises:
+        Refusal: ``BAD_SPACING``, ``TOO_FEW_SLICES`` or ``BAD_IMAGE``.
+    """
     volume = Volume(hu=np.empty(image.stored.shape, np.int16), affine=image.affine)
     z_spacing, *in_plane = volume.spacing_mm
     check_pixel_spacing(in_plane, "the image")
@@ -116,22 +141,13 @@ def load_image(path: Path) -> tuple[Volume, tuple[str, ...]]:
     return volume, ("HU_CLIPPED",) if clipped else ()
 
 
-def load_mask(path: Path, volume: Volume, num_classes: int) -> UInt8[np.ndarray, "d h w"]:
-    """The mask of a volume, in its axis order.
+def to_labels(image: AxialVolume, num_classes: int) -> UInt8[np.ndarray, "d h w"]:
+    """The values as labels 0 to ``num_classes``.
 
     Raises:
-        Refusal: as :func:`~mp3d.data.nifti_file.read_nifti_file`, ``MASK_MISMATCH`` or ``BAD_LABELS``.
+        Refusal: ``BAD_LABELS``.
     """
-    image = read_nifti_file(path, "the mask")
-    if image.stored.shape != volume.hu.shape:
-        shapes = f"the mask has {image.stored.shape} voxels, the image {volume.hu.shape} (z, y, x)"
-        raise Refusal("MASK_MISMATCH", f"{shapes}; resample the mask onto the image")
-    corners = np.array(list(np.ndindex(2, 2, 2))) * volume.hu.shape[::-1]
-    shift = image.affine - volume.affine
-    off = np.abs(corners @ shift[:3, :3].T + shift[:3, 3]).max()
-    if off > GRID_TOLERANCE_MM:
-        raise Refusal("MASK_MISMATCH", f"mask and image lie up to {off:.2f} mm apart; resample the mask onto the image")
-    labels = np.empty(volume.hu.shape, np.uint8)
+    labels = np.empty(image.stored.shape, np.uint8)
     for z, plane in enumerate(labels):
         values = image.plane(z)
         strange = np.setdiff1d(values, np.arange(num_classes + 1))
@@ -140,3 +156,21 @@ def load_mask(path: Path, volume: Volume, num_classes: int) -> UInt8[np.ndarray,
             raise Refusal("BAD_LABELS", f"{detail}; name its classes, or clear the mask")
         plane[...] = values
     return labels
+
+
+def distance_mm(a: Float[np.ndarray, "4 4"], b: Float[np.ndarray, "4 4"], shape: tuple[int, ...]) -> float:
+    """How far the corners of two grids of one shape (z, y, x) lie apart, at most, along an axis of the patient."""
+    corners = np.array(list(np.ndindex(2, 2, 2))) * shape[::-1]
+    shift = a - b
+    return float(np.abs(corners @ shift[:3, :3].T + shift[:3, 3]).max())
+
+
+def check_mask_shape(mask: tuple[int, ...], image: tuple[int, ...]) -> None:
+    """Refuse a mask of another shape, both (z, y, x).
+
+    Raises:
+        Refusal: ``MASK_MISMATCH``.
+    """
+    if mask != image:
+        detail = f"the mask has {mask} voxels, the image {image} (z, y, x)"
+        raise Refusal("MASK_MISMATCH", f"{detail}; resample the mask onto the image")
