@@ -99,9 +99,8 @@ def read_clip(shards: ShardSet, sample: Sample, clip: ClipConfig) -> tuple[Clip,
     else:
         positions = window_positions(sample.row, entry.num_rows, entry.spacing_mm[0], clip)
         first, last = int(np.floor(positions.min())), int(np.ceil(positions.max()))
-        rows = shards.read_rows(entry, first, last + 1)
+        rows, stack = shards.read_slices(entry, first, last + 1)
         key = rows[sample.row - first]
-        stack = np.stack([decode_image(row) for row in rows])
         made = Clip(torch.from_numpy(resample_z(stack, positions - first)), (clip.num_slices // 2,))
     return made, _target(key), SliceInfo(key["patient"], key["series"], key["z_index"], entry.spacing_mm)
 

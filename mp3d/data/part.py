@@ -76,6 +76,7 @@ def prepare_part(part: Part) -> tuple[int, int]:
             rejects += (Reject(hashed_id(key, part.origin.id_key), it.reason, it.detail) for key, it in refused)
             if rows:
                 writer.append(rows, warnings)
+            del rows  # the next volume need not lie beside this one
     if writer.file is None:
         part.parquet.unlink(missing_ok=True)
     content = {
