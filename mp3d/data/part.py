@@ -123,12 +123,10 @@ def _may_try(part: Part, place: int) -> bool:
     except (OSError, ValueError, AttributeError):
         tries = {}
     # those before this place were read this time, but for the ones that are not tried any more
-    tries = {at: count for at, count in tries.items() if at >= place or count >= MAX_TRIES}
-    tries[place] = tries.get(place, 0) + 1
-    if tries[place] > MAX_TRIES:
-        return False
+    tries = {at: count for at, count in tries.items() if at >= place or count > MAX_TRIES}
+    tries[place] = min(tries.get(place, 0), MAX_TRIES) + 1
     part.tries.write_text(json.dumps(tries))
-    return True
+    return tries[place] <= MAX_TRIES
 
 
 def finished(part: Part) -> PartReport | None:
