@@ -268,6 +268,10 @@ class LaunchConfig(Config):
     cpus_per_worker: PositiveFloat = 1.0
     loader_workers: NonNegativeInt = 0
     """Processes that read and decode clips beside each training process."""
+    cache_dir: str | None = None
+    """Folder on each node's own disk, where CT series are kept decoded once they were read; None: no cache."""
+    cache_gb: PositiveFloat = 100.0
+    """Most that the cache may hold; a series of 300 slices of 512 x 512 takes 0.16."""
     keep_checkpoints: PositiveInt = 2
     """Best checkpoints kept; the latest is always kept."""
     max_failures: NonNegativeInt = 2

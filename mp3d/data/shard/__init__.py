@@ -15,6 +15,7 @@ a CRC of its own (:func:`row_is_intact`).
 """
 
 from mp3d.data.shard.aside import ASIDE_PATTERN, is_disk_full, json_text, write_aside
+from mp3d.data.shard.cache import cached
 from mp3d.data.shard.columns import read_columns
 from mp3d.data.shard.manifest import (
     FORMAT_VERSION,
@@ -50,6 +51,7 @@ __all__ = [
     "Row",
     "SeriesEntry",
     "ShardSet",
+    "cached",
     "count_rows",
     "decode_image",
     "decode_truth",

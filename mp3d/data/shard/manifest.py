@@ -7,11 +7,13 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
+from jaxtyping import Int16
 
 from mp3d.data.shard.aside import json_text, write_aside
 from mp3d.data.shard.part_file import SeriesEntry, entry_from_dict, read_row_group
-from mp3d.data.shard.rows import Row
+from mp3d.data.shard.rows import Row, decode_image, row_is_intact
 from mp3d.errors import DataError
 
 FORMAT_VERSION = 2
@@ -73,7 +75,7 @@ class ShardSet:
         """Rows ``start..stop-1`` of a series, read from the row groups that hold them.
 
         Raises:
-            DataError: the file is not there, or not as it was written; the file and row group are named.
+            DataError: the file is not there, or not as it was written; the file and row group, or row, are named.
         """
         if not 0 <= start < stop <= entry.num_rows:
             raise IndexError(f"rows {start}..{stop - 1} of a series of {entry.num_rows}")
@@ -87,7 +89,20 @@ class ShardSet:
             ]
         except (OSError, pa.ArrowException) as error:
             raise DataError(f"{path}: {error}; run jobs/prepare.py again") from error
-        return pa.concat_tables(groups).slice(start - first * entry.rows_per_group, stop - start).to_pylist()
+        rows = pa.concat_tables(groups).slice(start - first * entry.rows_per_group, stop - start).to_pylist()
+        if len(rows) != stop - start:
+            raise DataError(f"{path}: rows of a series are missing; delete the file and run jobs/prepare.py again")
+        for number, row in enumerate(rows, start):
+            if not row_is_intact(row):
+                raise DataError(
+                    f"{path}: row {number} of series {entry.series} is not what was written; is the memory sound?"
+                )
+        return rows
+
+    def read_slices(self, entry: SeriesEntry, start: int, stop: int) -> tuple[list[Row], Int16[np.ndarray, "d h w"]]:
+        """Slices ``start..stop-1`` of a CT series in HU, beside their rows; raises as :meth:`read_rows`."""
+        rows = self.read_rows(entry, start, stop)
+        return rows, np.stack([decode_image(row) for row in rows])
 
     def iter_rows(self, entry: SeriesEntry) -> Iterator[Row]:
         """All rows of a series, one row group in memory at a time."""
