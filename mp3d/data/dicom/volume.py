@@ -142,7 +142,7 @@ def _check_alike(slices: Sequence[Header]) -> None:
     """Complete geometry; one patient, study and frame of reference; one size, pixel spacing and orientation."""
     first = slices[0]
     for header in slices:
-        _check_geometry(header)
+        _check_geometry(header, first)
         for what, mine, others in (
             ("Patient ID (0010,0020)", header.patient_id, first.patient_id),
             ("Study Instance UID (0020,000D)", header.study_instance_uid, first.study_instance_uid),
@@ -157,16 +157,15 @@ def _check_alike(slices: Sequence[Header]) -> None:
                 f"{header.label} has {header.rows} x {header.columns} pixels (0028,0010 and 0028,0011), "
                 f"{first.label} {first.rows} x {first.columns}; export each stack as a series of its own",
             )
-        spacings = np.array([header.pixel_spacing_yx_mm, first.pixel_spacing_yx_mm])
-        if not np.allclose(*spacings, rtol=ALIKE, atol=0):
+        spacings = (header.pixel_spacing_yx_mm, first.pixel_spacing_yx_mm)
+        if not _are_alike(*spacings, relative=True):
             mine, others = (f"{y:g} x {x:g} mm" for y, x in spacings)
             raise Refusal(
                 "MIXED_SPACING",
                 f"{header.label} has Pixel Spacing (0028,0030) {mine}, {first.label} {others}; "
                 "export each stack as a series of its own",
             )
-        orientations = np.array([header.image_orientation_patient, first.image_orientation_patient])
-        if not np.allclose(*orientations, rtol=0, atol=ALIKE):
+        if not _are_alike(header.image_orientation_patient, first.image_orientation_patient):
             raise Refusal(
                 "MIXED_ORIENTATION",
                 f"{header.label} has another Image Orientation (Patient) (0020,0037) than {first.label}; "
@@ -174,7 +173,13 @@ def _check_alike(slices: Sequence[Header]) -> None:
             )
 
 
-def _check_geometry(header: Header) -> None:
+def _are_alike(values: Sequence[float], others: Sequence[float], relative: bool = False) -> bool:
+    return all(
+        abs(value - other) <= ALIKE * (other if relative else 1) for value, other in zip(values, others, strict=True)
+    )
+
+
+def _check_geometry(header: Header, first: Header) -> None:
     for keyword, value in (
         ("Image Position (Patient) (0020,0032)", header.image_position_patient),
         ("Image Orientation (Patient) (0020,0037)", header.image_orientation_patient),
@@ -182,10 +187,11 @@ def _check_geometry(header: Header) -> None:
     ):
         if not value:
             raise Refusal("MISSING_GEOMETRY", f"{header.label} has no {keyword}; export the original CT images")
-    if not (np.abs(header.image_position_patient) <= MAX_POSITION_MM).all():  # also NaN
+    if not all(abs(value) <= MAX_POSITION_MM for value in header.image_position_patient):  # also NaN
         detail = f"Image Position (Patient) (0020,0032) is not finite or beyond {MAX_POSITION_MM:g} mm"
         raise Refusal("BAD_GEOMETRY", f"{header.label}: {detail}; export the original CT images")
-    direction_cosines(header.image_orientation_patient, header.label)
+    if header is first or header.image_orientation_patient != first.image_orientation_patient:
+        direction_cosines(header.image_orientation_patient, header.label)
     check_pixel_spacing(header.pixel_spacing_yx_mm, header.label)
 
 
