@@ -1,32 +1,42 @@
-"""Judge a detector on the annotated key slices of a split, by the authors' FROC, and write a report with pictures.
+"""Judge a model on a split: a detector on its annotated key slices, by the authors' FROC, with a report of pictures;
+a classifier by AUC and accuracy, a segmenter by Dice and HD95, case by case.
 
     python jobs/evaluate.py --checkpoint RUN --shards FOLDER --out reports/NAME [--split test] [--ablations]
                             [--streamed]
     ray job submit --working-dir . -- python jobs/evaluate.py --checkpoint RUN ...
 
-Writes report.html, froc.png, metrics.json and predictions.parquet into --out.
+Writes metrics.json and predictions.parquet into --out, and of a detector report.html and froc.png.
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from mp3d import cli
-from mp3d.checkpoint import open_checkpoint
+from mp3d.checkpoint import Checkpoint, open_checkpoint
 from mp3d.config import EvaluateConfig
-from mp3d.data.batches import Sample
 from mp3d.data.part import quiet_ray_data
-from mp3d.data.shard import open_shards
+from mp3d.data.samples import Sample
+from mp3d.data.shard import ShardSet, open_shards
+from mp3d.errors import ConfigError
 from mp3d.evaluation import (
     ABLATIONS,
+    Case,
+    CasePredictor,
     Evaluation,
     KeySlicePredictor,
     KeySliceResult,
     Variant,
+    as_row,
+    case_from_row,
+    case_samples,
+    case_scores,
     evaluate_detector,
     key_slice_samples,
     provenance_of,
     with_pictures,
+    write_cases,
     write_predictions,
 )
 from mp3d.launch import check_resources, connect_ray, worker_resources
@@ -35,6 +45,7 @@ from mp3d.predict import best_mode
 from mp3d.report import write_report
 
 SAMPLES_PER_TASK = 32
+CASES_PER_TASK = 4
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -46,6 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def evaluate(config: EvaluateConfig, *, dry_run: bool) -> int:
     checkpoint, shards = open_checkpoint(config.checkpoint), open_shards(config.shards)
+    if checkpoint.config.model.head.kind != "detection":
+        return evaluate_cases(config, checkpoint, shards, dry_run=dry_run)
     samples = key_slice_samples(config, shards)
     variants: list[Variant] = ["trained"]
     if config.streamed:
@@ -86,6 +99,36 @@ def evaluate(config: EvaluateConfig, *, dry_run: bool) -> int:
     return 0
 
 
+def evaluate_cases(config: EvaluateConfig, checkpoint: Checkpoint, shards: ShardSet, *, dry_run: bool) -> int:
+    """Of a classifier or a segmenter."""
+    head = checkpoint.config.model.head
+    if config.streamed or config.ablations:
+        raise ConfigError(f"--streamed and --ablations are for detectors; {checkpoint.path} has a {head.kind} head")
+    splits = [config.split]
+    if head.kind == "classification" and head.num_classes == 2 and config.threshold == "val" and config.split != "val":
+        splits.append("val")
+    samples = {split: case_samples(config, checkpoint.config.model, shards, split) for split in splits}
+    if dry_run:
+        cli.print_plan(
+            {
+                "checkpoint": f"{checkpoint.path} (epoch {checkpoint.epoch}, {checkpoint.digest[:12]})",
+                **{f"cases of {split!r}": f"{len(found)} of {config.shards}" for split, found in samples.items()},
+                "runs on": f"{config.runner}, {config.num_workers} x {config.cpus_per_worker:g} CPU",
+                "writes": config.out,
+            }
+        )
+        return 0
+    predict = cases_on_ray if config.runner == "ray" else cases_here
+    cases = predict(config, samples)
+    scores = case_scores(cases[config.split], None if config.threshold == "authors" else cases[splits[-1]])
+    write_cases(Path(config.out), cases[config.split], scores, provenance_of(checkpoint, shards, config))
+    print(f"{len(cases[config.split])} cases of split {config.split!r}")
+    for name, value in scores.items():
+        print(f"{name:<24}{value:>8.3f}")
+    print(f"metrics: {Path(config.out) / 'metrics.json'}")
+    return 0
+
+
 def predict_here(
     config: EvaluateConfig, samples: list[Sample], variants: list[Variant]
 ) -> dict[Variant, list[KeySliceResult]]:
@@ -96,45 +139,66 @@ def predict_here(
     return answers
 
 
+def cases_here(config: EvaluateConfig, samples: dict[str, list[Sample]]) -> dict[str, list[Case]]:
+    predictor = CasePredictor(config)
+    return {split: predictor(found) for split, found in samples.items()}
+
+
 def predict_on_ray(
     config: EvaluateConfig, samples: list[Sample], variants: list[Variant]
 ) -> dict[Variant, list[KeySliceResult]]:
-    """Ray Data: tasks of a few key slices, on a pool of actors that hold the model."""
+    tasks = [
+        {"variant": variant, "start": start, "stop": min(start + SAMPLES_PER_TASK, len(samples))}
+        for variant in variants
+        for start in range(0, len(samples), SAMPLES_PER_TASK)
+    ]
+    answers: dict[Variant, list[KeySliceResult]] = {variant: [] for variant in variants}
+    for row in rows_on_ray(config, PredictionActor, tasks, len(samples) * len(variants), "key slices"):
+        answers[row.pop("variant")].append(KeySliceResult.from_row(row))
+    return answers
+
+
+def cases_on_ray(config: EvaluateConfig, samples: dict[str, list[Sample]]) -> dict[str, list[Case]]:
+    tasks = [
+        {"split": split, "start": start, "stop": min(start + CASES_PER_TASK, len(found))}
+        for split, found in samples.items()
+        for start in range(0, len(found), CASES_PER_TASK)
+    ]
+    answers: dict[str, list[Case]] = {split: [] for split in samples}
+    for row in rows_on_ray(config, CaseActor, tasks, sum(map(len, samples.values())), "cases"):
+        answers[row.pop("split")].append(case_from_row(row))
+    return answers
+
+
+def rows_on_ray(
+    config: EvaluateConfig, actor: type, tasks: list[dict[str, Any]], total: int, what: str
+) -> Iterator[dict[str, Any]]:
+    """Ray Data: the answers to small tasks, in their order, by a pool of actors that hold the model."""
     import ray.data
 
     connect_ray()
     quiet_ray_data()
     worker = worker_resources(config.cpus_per_worker, config.accelerator)
     check_resources([worker] * config.num_workers)
-    tasks = [
-        {"variant": variant, "start": start, "stop": min(start + SAMPLES_PER_TASK, len(samples))}
-        for variant in variants
-        for start in range(0, len(samples), SAMPLES_PER_TASK)
-    ]
     ray.data.DataContext.get_current().execution_options.preserve_order = True
     answered = ray.data.from_items(tasks, override_num_blocks=len(tasks)).flat_map(
-        PredictionActor,  # type: ignore[arg-type]  # a class: one instance an actor
+        actor,  # type: ignore[arg-type]  # a class: one instance an actor
         fn_constructor_kwargs={"config": config.model_dump()},
         compute=ray.data.ActorPoolStrategy(size=config.num_workers),
         num_cpus=config.cpus_per_worker,
         num_gpus=worker.get("GPU", 0),
     )
-    answers: dict[Variant, list[KeySliceResult]] = {variant: [] for variant in variants}
     for done, row in enumerate(answered.iter_rows(), 1):
-        answers[row.pop("variant")].append(KeySliceResult.from_row(row))
-        if done % SAMPLES_PER_TASK == 0 or done == len(samples) * len(variants):
-            print(f"{done}/{len(samples) * len(variants)} key slices", flush=True)
-    return answers
+        yield row
+        if done % SAMPLES_PER_TASK == 0 or done == total:
+            print(f"{done}/{total} {what}", flush=True)
 
 
 class PredictionActor:
     """Holds one variant of the model at a time; tasks come ordered by variant."""
 
     def __init__(self, config: dict) -> None:
-        import torch
-
-        self.config = EvaluateConfig.model_validate(config)
-        torch.set_num_threads(max(1, int(self.config.cpus_per_worker)))
+        self.config = _config_of_actor(config)
         self.predictor = KeySlicePredictor(self.config)
         self.samples = key_slice_samples(self.config, self.predictor.shards)
 
@@ -143,6 +207,28 @@ class PredictionActor:
             self.predictor = KeySlicePredictor(self.config, task["variant"])
         results = self.predictor(self.samples[task["start"] : task["stop"]])
         return [{"variant": task["variant"], **result.as_row()} for result in results]
+
+
+class CaseActor:
+    """Holds the model."""
+
+    def __init__(self, config: dict) -> None:
+        self.config = _config_of_actor(config)
+        self.predictor = CasePredictor(self.config)
+        self.model = open_checkpoint(self.config.checkpoint).config.model
+
+    def __call__(self, task: dict) -> list[dict]:
+        samples = case_samples(self.config, self.model, self.predictor.shards, task["split"])
+        cases = self.predictor(samples[task["start"] : task["stop"]])
+        return [{"split": task["split"], **as_row(case)} for case in cases]
+
+
+def _config_of_actor(config: dict) -> EvaluateConfig:
+    import torch
+
+    validated = EvaluateConfig.model_validate(config)
+    torch.set_num_threads(max(1, int(validated.cpus_per_worker)))
+    return validated
 
 
 def print_scores(evaluation: Evaluation) -> None:

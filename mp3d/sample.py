@@ -29,7 +29,9 @@ class Clip:
 
 
 class Target(TypedDict):
-    """The truth of one key slice: ``boxes`` and ``labels`` for detection, ``label`` for classification."""
+    """The truth of one key slice: ``boxes`` and ``labels`` for detection, ``label`` for classification, ``mask`` for
+    segmentation, where every slice of a block is a key slice.
+    """
 
     boxes: NotRequired[Tensor]
     """``(b, 4)`` float32, xyxy in pixels of the clip, half-open: ``0 <= x1 < x2 <= w``; ``(0, 4)``: none found."""
@@ -38,7 +40,7 @@ class Target(TypedDict):
     label: NotRequired[Tensor]
     """Scalar int64: the class of the whole picture or clip, from 0."""
     mask: NotRequired[Tensor]
-    """``(h, w)`` uint8 labels."""
+    """``(h, w)`` uint8 classes, 0 the background, ``mp3d.config.UNKNOWN`` where they are not known."""
 
 
 class Prediction(TypedDict):
@@ -51,3 +53,4 @@ class Prediction(TypedDict):
     logits: NotRequired[Tensor]
     """``(num_classes,)`` of a classification head."""
     mask_logits: NotRequired[Tensor]
+    """``(num_classes + 1, h, w)`` of a segmentation head, the background first."""

@@ -6,12 +6,15 @@ import math
 from collections.abc import Iterable
 
 from torch import nn
-from torch.optim import SGD, AdamW, Optimizer
+from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from mp3d.config import OptimConfig
 
 WARMUP_FACTOR = 1 / 3
 """The authors' linear warm-up starts from this share of the rate (``mp3d_groupconv.py``)."""
+
+POLY_POWER = 0.9
+"""Of the authors' segmentation recipes (CSPR ``medseg``)."""
 
 
 def build_optimizer(parameters: Iterable[nn.Parameter], optim: OptimConfig) -> Optimizer:
@@ -19,7 +22,8 @@ def build_optimizer(parameters: Iterable[nn.Parameter], optim: OptimConfig) -> O
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     if optim.algorithm == "sgd":
         return SGD(trained, lr=optim.lr, momentum=optim.momentum, weight_decay=optim.weight_decay)
-    return AdamW(trained, lr=optim.lr, weight_decay=optim.weight_decay)
+    algorithm = Adam if optim.algorithm == "adam" else AdamW
+    return algorithm(trained, lr=optim.lr, weight_decay=optim.weight_decay)
 
 
 def learning_rate(step: int, optim: OptimConfig, *, steps_per_epoch: int, epochs: int) -> float:
@@ -29,6 +33,9 @@ def learning_rate(step: int, optim: OptimConfig, *, steps_per_epoch: int, epochs
         rate *= optim.gamma ** sum(step // steps_per_epoch >= milestone for milestone in optim.milestones)
     elif optim.schedule == "cosine":
         rate *= 0.5 * (1 + math.cos(math.pi * step / (steps_per_epoch * epochs)))
+    elif optim.schedule == "poly":
+        remaining = 1 - step / (steps_per_epoch * epochs)
+        rate = optim.min_lr + (rate - optim.min_lr) * remaining**POLY_POWER
     if step < optim.warmup_steps:
         rate *= WARMUP_FACTOR + (1 - WARMUP_FACTOR) * step / optim.warmup_steps
     return rate

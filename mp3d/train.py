@@ -28,13 +28,11 @@ from mp3d.config import TrainConfig
 from mp3d.data.batches import (
     Batch,
     ClipDataset,
-    Sample,
     Stream,
-    annotated_samples,
     evaluation_batches,
-    picture_samples,
     training_loader,
 )
+from mp3d.data.samples import Sample, annotated_samples, classified_samples, masked_samples, tile_samples
 from mp3d.data.shard import ShardSet, cached, open_shards
 from mp3d.device import autocast, resolve_precision
 from mp3d.errors import ConfigError, Mp3dError
@@ -93,8 +91,9 @@ def train(config: TrainConfig, session: Session) -> dict[str, float]:
     shards = cached(open_shards(config.shards), config.launch.cache_dir, config.launch.cache_gb)
     positives, spare = training_samples(config, shards)
     stream = Stream(positives, spare, negatives=config.loop.negatives, seed=config.loop.seed)
-    dataset = ClipDataset(shards, stream.samples, config.clip, config.augment, config.loop.seed)
-    validation = ClipDataset(shards, validation_samples(config, shards), config.clip)
+    masks = config.model.head.kind == "segmentation"
+    dataset = ClipDataset(shards, stream.samples, config.clip, config.augment, config.loop.seed, every_slice=masks)
+    validation = ClipDataset(shards, validation_samples(config, shards), config.clip, every_slice=masks)
 
     global_batch = config.loop.batch_size * session.world_size
     run = start(config, session, config.loop.steps_per_epoch or max(1, len(stream) // global_batch))
@@ -147,18 +146,29 @@ def check_inputs(config: TrainConfig) -> None:
 
 
 def training_samples(config: TrainConfig, shards: ShardSet) -> tuple[list[Sample], list[Sample]]:
-    """What the head learns from: key slices with boxes (and the lesion-free ones to draw from), or pictures."""
-    if config.model.head.kind == "detection":
-        return annotated_samples(shards, "train", config.loop.negatives)
-    return picture_samples(shards, "train"), []
+    """What the head learns from, and what it draws from beside that: key slices or pictures with boxes, pictures or
+    series with a class, blocks or pictures with masks.
+    """
+    match config.model.head.kind:
+        case "detection":
+            return annotated_samples(shards, "train", config.loop.negatives)
+        case "classification":
+            return classified_samples(shards, "train"), []
+        case "segmentation":
+            return masked_samples(shards, "train", config.clip, config.loop.negatives)
 
 
 def validation_samples(config: TrainConfig, shards: ShardSet) -> list[Sample]:
     """At most ``max_validation_clips`` samples, evenly spread over the validation split."""
-    if config.model.head.kind == "detection":
-        samples, _ = annotated_samples(shards, "val")
-    else:
-        samples = picture_samples(shards, "val")
+    match config.model.head.kind:
+        case "detection":
+            samples, _ = annotated_samples(shards, "val")
+        case "classification":
+            samples = classified_samples(shards, "val")
+        case "segmentation" if config.clip.block == "anywhere":
+            samples = tile_samples(shards, "val", config.clip)
+        case "segmentation":
+            samples, _ = masked_samples(shards, "val", config.clip)
     return samples[:: math.ceil(len(samples) / (config.loop.max_validation_clips or len(samples)))]
 
 
@@ -229,16 +239,13 @@ def validate(run: Run, dataset: ClipDataset) -> tuple[dict[str, float], str]:
         dataset, batch_size=loop.batch_size, rank=session.rank, world_size=session.world_size,
         workers=run.config.launch.loader_workers,
     )  # fmt: skip
-    answers = [
-        (prediction, target)
-        for prediction, target, _ in predict_clips(run.bare_model, batches, session.device, run.dtype)
-    ]
+    metric = build_metric(run.config.model.head)
+    for prediction, target, _ in predict_clips(run.bare_model, batches, session.device, run.dtype):
+        metric.update([prediction], [target])
     if session.world_size > 1:
         gathered: list[Any] = [None] * session.world_size
-        dist.all_gather_object(gathered, answers)
-        answers = [answer for per_rank in gathered for answer in per_rank]
-    metric = build_metric(run.config.model.head.kind)
-    metric.update([prediction for prediction, _ in answers], [target for _, target in answers])
+        dist.all_gather_object(gathered, metric.records)
+        metric.records = [record for per_rank in gathered for record in per_rank]
     return metric.compute(), metric.score_name
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from mp3d.config import AugmentConfig
-from mp3d.data.augment import augment, mirrored, random_resized_crop
+from mp3d.data.augment import augment, middle_square, mirrored, random_resized_crop
 from mp3d.sample import Clip, Target
 
 
@@ -65,7 +65,37 @@ def test_planes_are_shuffled_in_all_orders():
 def test_random_crop_keeps_size_and_type_and_stays_inside():
     planes = torch.full((3, 40, 60), 200, dtype=torch.uint8)
     for seed in range(20):
-        cropped = random_resized_crop(planes, (0.08, 1.0), np.random.default_rng(seed))
+        cropped, _ = random_resized_crop(planes, [], (0.08, 1.0), np.random.default_rng(seed))
         assert cropped.shape == planes.shape
         assert cropped.dtype == torch.uint8
         assert (cropped == 200).all()
+
+
+def test_masks_follow_a_random_crop():
+    mask = torch.zeros(40, 60, dtype=torch.uint8)
+    mask[5:22, 30:51] = 3
+    planes = (mask * 80).expand(3, 40, 60)
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        cropped, (target,) = random_resized_crop(planes, [Target(mask=mask)], (0.2, 1.0), rng)
+        assert set(target["mask"].unique().tolist()) <= {0, 3}
+        assert ((cropped[0] > 120) == (target["mask"] == 3)).float().mean() > 0.97
+    assert mask.sum() == 3 * 17 * 21
+
+
+def test_the_middle_of_a_picture_is_cut_square():
+    """224 of a picture whose shorter side is 256, here an eighth of both."""
+    planes = torch.zeros(3, 32, 64, dtype=torch.uint8)
+    planes[:, 2:30, 18:46] = 9
+    cut, (target,) = middle_square(planes, [Target(mask=planes[0].clone())], 28)
+    assert cut.shape == (3, 28, 28)
+    assert (cut == 9).all()
+    assert (target["mask"] == 9).all()
+
+
+def test_square_crops_have_one_size():
+    planes = torch.full((3, 40, 80), 7, dtype=torch.uint8)
+    for seed in range(10):
+        cropped, _ = random_resized_crop(planes, [], (0.08, 1.0), np.random.default_rng(seed), square=24)
+        assert cropped.shape == (3, 24, 24)
+        assert (cropped == 7).all()

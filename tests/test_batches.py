@@ -8,12 +8,11 @@ from mp3d.config import AugmentConfig, ClipConfig
 from mp3d.data.batches import (
     ClipDataset,
     Stream,
-    annotated_samples,
     evaluation_batches,
-    picture_samples,
     read_clip,
     training_loader,
 )
+from mp3d.data.samples import annotated_samples, classified_samples
 from mp3d.data.shard import ShardSet, open_shards
 from mp3d.errors import DataError
 from tests.tiny import BRIGHT_HU, blob_series, ct_shards, picture_shards
@@ -59,7 +58,7 @@ def test_key_slices_are_those_with_boxes_and_negatives_were_searched(ct: ShardSe
 
 
 def test_pictures_come_as_planes_with_their_label(pictures: ShardSet):
-    samples = picture_samples(pictures, "train")
+    samples = classified_samples(pictures, "train")
     assert len(samples) == 24
     for sample in samples[:4]:
         clip, (target,), _ = read_clip(pictures, sample, PLANES)
@@ -70,7 +69,7 @@ def test_pictures_come_as_planes_with_their_label(pictures: ShardSet):
 
 def test_pictures_do_not_fit_a_ct_clip(pictures: ShardSet):
     with pytest.raises(DataError, match="num_slices must be 3"):
-        read_clip(pictures, picture_samples(pictures, "val")[0], CLIP)
+        read_clip(pictures, classified_samples(pictures, "val")[0], CLIP)
 
 
 def test_an_unknown_split_names_those_there(ct: ShardSet):

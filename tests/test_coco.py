@@ -160,7 +160,7 @@ class TestMasks:
     def test_more_classes_than_a_byte_holds(self, tmp_path: Path):
         write_pair(tmp_path, [], categories=[{"id": number, "name": str(number)} for number in range(256)])
         assert len(read_coco(tmp_path).class_names) == 256
-        with pytest.raises(DataError, match="256 categories; a mask holds at most 255"):
+        with pytest.raises(DataError, match="256 categories; a mask holds at most 254"):
             read_coco(tmp_path, masks=True)
 
 

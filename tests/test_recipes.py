@@ -5,11 +5,12 @@ import json
 import pytest
 import torch
 
-from mp3d.config import DetectionHead, TrainConfig
+from mp3d.config import ClassificationHead, DetectionHead, SegmentationHead, TrainConfig
 from mp3d.models import build_model
 from mp3d.recipes import FINETUNE, PRETRAIN, Recipe
 
 RECIPES = PRETRAIN + FINETUNE
+DETECTORS = [recipe for recipe in FINETUNE if recipe().model.head.kind == "detection"]
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.__name__)
@@ -33,10 +34,9 @@ def test_pretraining_reads_three_planes_in_random_order(recipe: Recipe):
     assert config.clip.num_slices == 3
     assert config.clip.slice_spacing_mm is None
     assert config.augment.shuffle_planes
-    assert config.model.head.kind == "classification"
 
 
-@pytest.mark.parametrize("recipe", FINETUNE, ids=lambda recipe: recipe.__name__)
+@pytest.mark.parametrize("recipe", DETECTORS, ids=lambda recipe: recipe.__name__)
 def test_detectors_train_on_slabs_but_the_published_one(recipe: Recipe):
     config = recipe()
     if recipe.__name__.endswith("_paper"):
@@ -60,8 +60,56 @@ def test_the_paper_recipe_is_the_published_one():
     assert head.anchor_ratios == (0.5, 1, 2)
 
 
-@pytest.mark.parametrize("recipe", FINETUNE, ids=lambda recipe: recipe.__name__)
+@pytest.mark.parametrize("recipe", DETECTORS, ids=lambda recipe: recipe.__name__)
 def test_anchors_are_fitted_but_in_the_paper_recipes(recipe: Recipe):
     head = recipe().model.head
     assert isinstance(head, DetectionHead)
     assert (head.anchors == "given") == recipe.__name__.endswith("_paper")
+
+
+def recipe_named(name: str) -> TrainConfig:
+    return next(recipe for recipe in RECIPES if recipe.__name__ == name)()
+
+
+def test_the_imagenet_recipe_is_the_published_one():
+    config = recipe_named("vdt_imagenet_r3d18_paper")
+    assert (config.optim.algorithm, config.optim.lr, config.optim.schedule) == ("sgd", 0.1, "cosine")
+    assert (config.optim.momentum, config.optim.weight_decay, config.optim.warmup_steps) == (0.9, 1e-4, 0)
+    assert (config.loop.epochs, config.loop.batch_size * config.loop.num_workers) == (100, 256)
+    assert (config.clip.mean, config.clip.std, config.clip.image_size) == (114.495, 57.63, 224)
+    assert (config.augment.horizontal_flip, config.augment.crop_scale) == (0.5, (0.08, 1))
+    head = config.model.head
+    assert isinstance(head, ClassificationHead)
+    assert (head.label_smoothing, head.loss_over_batch, head.num_classes) == (0.1, "mean", 1000)
+
+
+def test_the_nodule_recipes_are_the_published_ones():
+    classify, segment = recipe_named("lidc_classification_paper"), recipe_named("lidc_segmentation_paper")
+    for config in (classify, segment):
+        clip = config.clip
+        assert (clip.num_slices, clip.image_size, clip.slice_spacing_mm, clip.pixel_spacing_mm) == (48, 48, 1, 1)
+        assert (config.augment.shift_px, config.augment.quarter_turns) == ((5, 5), True)
+        assert (config.model.norm, config.optim.algorithm, config.optim.weight_decay) == ("bn", "adam", 1e-4)
+    assert (classify.optim.lr, classify.optim.milestones, classify.optim.gamma) == (5e-4, (30, 60, 90), 0.1)
+    assert (classify.loop.epochs, classify.loop.batch_size, classify.loop.num_workers) == (100, 32, 4)
+    assert (classify.clip.mean, classify.clip.std) == (99, 77)
+    assert (segment.optim.lr, segment.optim.schedule, segment.optim.min_lr) == (1e-3, "poly", 1e-6)
+    assert (segment.loop.epochs, segment.loop.batch_size, segment.loop.num_workers) == (200, 4, 8)
+    assert (segment.clip.mean, segment.clip.std) == (123.675, 58.395)
+    with torch.device("meta"):
+        model = build_model(classify.model, classify.clip)
+        assert model.backbone(torch.zeros(1, 1, 48, 48, 48))[-1].shape == (1, 512, 2, 2, 2)
+
+
+def test_the_liver_recipe_is_the_published_one():
+    config = recipe_named("lits_liver_paper")
+    assert (config.clip.num_slices, config.clip.image_size, config.clip.slice_spacing_mm) == (32, 256, 1)
+    assert (config.clip.window_hu, config.augment.zoom) == ((-200, 250), (0.8, 1.2))
+    assert (config.optim.algorithm, config.optim.lr, config.optim.schedule) == ("adam", 1e-4, "poly")
+    steps = config.loop.epochs * (config.loop.steps_per_epoch or 0)
+    assert steps == pytest.approx(3281, rel=0.01)
+    assert config.loop.batch_size * config.loop.num_workers == 16
+    head = config.model.head
+    assert isinstance(head, SegmentationHead)
+    assert (head.decoder, head.channels, head.dropout) == ("unet", 16, 0.1)
+    assert (head.cross_entropy_weight, head.dice_weight, head.dice_smooth) == (1, 0.5, 1e-3)

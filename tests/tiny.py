@@ -15,6 +15,8 @@ from mp3d.config import (
     LoopConfig,
     ModelConfig,
     OptimConfig,
+    SegmentationHead,
+    StrideConfig,
     TrackingConfig,
     TrainConfig,
 )
@@ -37,6 +39,33 @@ def blob_series(index: int, *, size: int = 32, num_slices: int = 11, spacing_mm:
         truths[z] = Truth(np.array([[x, y, x + 8, y + 9]], np.float32), np.ones(1, np.int64))
     volume = Volume(hu, np.diag([0.8, 0.8, spacing_mm, 1.0]))
     return CTSeries(f"patient {index}", f"study {index}", f"series {index}", volume, tuple(truths))
+
+
+def ball_series(index: int, *, label: int | None = None, size: int = 26, num_slices: int = 14) -> CTSeries:
+    """Noise with a bright ball that a mask marks as class 1, small if of label 0; 2 mm slices, 1 mm pixels."""
+    rng = np.random.default_rng([index, 7])
+    hu = rng.normal(0, 20, (num_slices, size, size)).astype(np.int16)
+    centre = np.array([num_slices, size, size]) / 2 + rng.uniform(-2, 2, 3)
+    z, y, x = np.ogrid[:num_slices, :size, :size]
+    radius = np.sqrt(((z - centre[0]) * 2) ** 2 + (y - centre[1]) ** 2 + (x - centre[2]) ** 2)
+    ball = radius <= rng.uniform(6, 8) / (2 if label == 0 else 1)
+    hu[ball] += BRIGHT_HU
+    truths = tuple(Truth(mask=plane.astype(np.uint8)) for plane in ball)
+    volume = Volume(hu, np.diag([1.0, 1.0, 2.0, 1.0]))
+    return CTSeries(f"patient {index}", f"study {index}", f"series {index}", volume, truths, image_label=label)
+
+
+def shaded_batch(split: str, count: int) -> PictureBatch:
+    """Dark pictures with a bright rectangle that a mask marks as class 1."""
+    pictures = []
+    for index in range(count):
+        rng = np.random.default_rng([index, len(split), 3])
+        mask = np.zeros((24, 32), np.uint8)
+        y, x = rng.integers(0, 12, 2)
+        mask[y : y + 10, x : x + 16] = 1
+        pixels = (rng.integers(0, 60, (24, 32, 3)) + 150 * mask[..., None]).astype(np.uint8)
+        pictures.append(Picture(f"{split}/{index}", _jpeg(pixels), 24, 32, truth=Truth(mask=mask)))
+    return PictureBatch(tuple(pictures))
 
 
 def picture_batch(split: str, count: int) -> PictureBatch:
@@ -75,6 +104,29 @@ def picture_shards(out: Path) -> Path:
     return out
 
 
+def ball_shards(out: Path, *, classified: bool = False, per_split: int = 4) -> Path:
+    """Series with masks; classified, half of them of either class."""
+    items = [
+        Item(
+            f"{split}{i}", f"patient {split}{i}", split,
+            partial(ball_series, number * 100 + i, label=i % 2 if classified else None),
+        )
+        for number, split in enumerate(("train", "val", "test"))
+        for i in range(per_split)
+    ]  # fmt: skip
+    classes = ("small", "large") if classified else ("ball",)
+    prepare(Source("balls", "tiny/1", classes, tuple(items)), out, id_key=ID_KEY, runner="local")
+    return out
+
+
+def masked_picture_shards(out: Path) -> Path:
+    items = [
+        Item(split, split, split, partial(shaded_batch, split, count)) for split, count in (("train", 24), ("val", 8))
+    ]
+    prepare(Source("rectangles", "tiny/1", ("rectangle",), tuple(items)), out, id_key=ID_KEY, runner="local")
+    return out
+
+
 def detector_config(shards: Path, storage: Path, name: str = "detector", **changes) -> TrainConfig:
     config = TrainConfig(
         name=name,
@@ -110,6 +162,22 @@ def classifier_config(shards: Path, storage: Path, name: str = "classifier", **c
             "augment": AugmentConfig(z_flip=0, image_sizes=(), shuffle_planes=True),
             "model.head": ClassificationHead(num_classes=2),
             "loop.batch_size": 8,
+        }
+    )
+    return config.override({path.replace("__", "."): value for path, value in changes.items()})
+
+
+def ball_config(shards: Path, storage: Path, head: SegmentationHead | ClassificationHead, **changes) -> TrainConfig:
+    """Blocks of 12 slices of 2 mm and 24 x 24 pixels of 1 mm."""
+    config = detector_config(shards, storage, head.kind).override(
+        {
+            "clip": {"num_slices": 12, "slice_spacing_mm": 2.0, "image_size": 24, "block": "centre"},
+            "augment": AugmentConfig(image_sizes=(), shift_px=(1, 2)),
+            "model.backbone": "resnet3d18",
+            "model.strides": StrideConfig(stem=1, isotropic=True),
+            "model.head": head,
+            "loop.epochs": 3,
+            "loop.steps_per_epoch": 8,
         }
     )
     return config.override({path.replace("__", "."): value for path, value in changes.items()})

@@ -8,6 +8,7 @@ steps whatever the shards look like, and a resumed run goes on with the very nex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import chain
 
 import numpy as np
 import torch
@@ -15,8 +16,10 @@ from jaxtyping import Float
 from torch.utils.data import DataLoader, Dataset
 
 from mp3d.config import AugmentConfig, ClipConfig
-from mp3d.data.augment import augment
+from mp3d.data.augment import augment, middle_square
+from mp3d.data.blocks import Placement, draw_placement, read_block, turned
 from mp3d.data.clips import resample_z, stored_slices, window_positions
+from mp3d.data.samples import Sample
 from mp3d.data.shard import Row, SeriesEntry, ShardSet, decode_image, decode_truth
 from mp3d.errors import DataError
 from mp3d.sample import Clip, Target
@@ -40,20 +43,13 @@ class SliceInfo:
 class Batch:
     """Clips, and per key slice in clip order what is true of it and where it comes from.
 
-    Of a training clip with several key slices, ``infos`` names only the one that it was read for.
+    Of a training clip with several key slices, ``infos`` names only the one that it was read for; of a block the stored
+    slice in its middle stands for all of them.
     """
 
     clips: list[Clip]
     targets: list[Target]
     infos: list[SliceInfo]
-
-
-@dataclass(frozen=True)
-class Sample:
-    """A key slice: series of the split, and row in it."""
-
-    entry: SeriesEntry
-    row: int
 
 
 @dataclass(frozen=True)
@@ -70,6 +66,7 @@ class ClipDataset(Dataset):
     Args:
         augmentation: for training. There the key slice has a random place among those of the clip that may be one, and
             others of them that have boxes are key slices too. None: each clip has one, in the middle.
+        every_slice: of a block every slice is a key slice, with its mask.
     """
 
     def __init__(
@@ -79,22 +76,44 @@ class ClipDataset(Dataset):
         clip: ClipConfig,
         augmentation: AugmentConfig | None = None,
         seed: int = 0,
+        *,
+        every_slice: bool = False,
     ) -> None:
         self.shards, self.samples, self.clip = shards, samples, clip
-        self.augmentation, self.seed = augmentation, seed
+        self.augmentation, self.seed, self.every_slice = augmentation, seed, every_slice
 
     def __len__(self) -> int:
         return len(self.samples)
 
-    def __getitem__(self, place: Place) -> tuple[Clip, list[Target], SliceInfo]:
+    def __getitem__(self, place: Place) -> tuple[Clip, list[Target], list[SliceInfo]]:
         sample = self.samples[place.sample]
-        if self.augmentation is None:
-            return read_clip(self.shards, sample, self.clip)
-        rng = np.random.default_rng([self.seed, place.position])
+        rng = None if self.augmentation is None else np.random.default_rng([self.seed, place.position])
+        if self.clip.block is not None:
+            return self._block(sample, rng)
+        if self.augmentation is None or rng is None:
+            clip, targets, info = read_clip(self.shards, sample, self.clip)
+            if self.clip.square_pictures:
+                planes, targets = middle_square(clip.slices, targets, self.clip.image_size)
+                clip = Clip(planes, clip.key_slices)
+            return clip, targets, [info]
         key_place = self.clip.num_slices // 2 + int(rng.integers(self.clip.num_key_slices))
         clip, targets, info = read_clip(self.shards, sample, self.clip, key_place)
-        clip, targets = augment(clip, targets, self.augmentation, rng)
-        return clip, targets, info
+        square = self.clip.image_size if self.clip.square_pictures else None
+        clip, targets = augment(clip, targets, self.augmentation, rng, square)
+        return clip, targets, [info]
+
+    def _block(self, sample: Sample, rng: np.random.Generator | None) -> tuple[Clip, list[Target], list[SliceInfo]]:
+        middle = (sample.entry.num_rows - 1) / 2 if self.clip.block == "centre" else sample.row
+        placement = Placement() if self.augmentation is None or rng is None else draw_placement(self.augmentation, rng)
+        block = read_block(self.shards, sample.entry, sample.centre or (middle, None, None), self.clip, placement)
+        hu, masks = block.hu, block.masks
+        if self.augmentation is not None and rng is not None:
+            hu, masks = turned(hu, masks, self.augmentation, rng)
+        info = _info(block.middle, sample.entry)
+        if self.every_slice:
+            targets = [Target(mask=torch.from_numpy(mask)) for mask in masks]
+            return Clip(torch.from_numpy(hu), tuple(range(len(hu)))), targets, [info] * len(hu)
+        return Clip(torch.from_numpy(hu), (len(hu) // 2,)), [_target(block.middle)], [info]
 
 
 def read_clip(
@@ -133,24 +152,6 @@ def _key_rows(entry: SeriesEntry, positions: Float[np.ndarray, "d"], clip: ClipC
     }
 
 
-def annotated_samples(shards: ShardSet, split: str, negatives: float = 0.0) -> tuple[list[Sample], list[Sample]]:
-    """Key slices with boxes, and those without that may stand beside them (none where ``negatives`` is 0).
-
-    Raises:
-        DataError: no slice of the split has a box.
-    """
-    entries = shards.split(split)
-    positives = [Sample(entry, row) for entry in entries for row in entry.rows_with_boxes()]
-    if not positives:
-        raise DataError(f"split {split!r} of {shards.folder} has no slice with a box; nothing to detect")
-    spare = [Sample(entry, row) for entry in entries for row in entry.rows_without_boxes()] if negatives else []
-    return positives, spare
-
-
-def picture_samples(shards: ShardSet, split: str) -> list[Sample]:
-    return [Sample(entry, row) for entry in shards.split(split) for row in range(entry.num_rows)]
-
-
 def training_loader(
     dataset: ClipDataset, stream: "Stream", *, batch_size: int, steps: range, rank: int, world_size: int, workers: int
 ) -> DataLoader:
@@ -171,9 +172,9 @@ def evaluation_batches(
     return DataLoader(dataset, batch_sampler=places, collate_fn=collate, num_workers=workers)
 
 
-def collate(parts: list[tuple[Clip, list[Target], SliceInfo]]) -> Batch:
+def collate(parts: list[tuple[Clip, list[Target], list[SliceInfo]]]) -> Batch:
     clips, targets, infos = zip(*parts, strict=True)
-    return Batch(list(clips), [target for per_clip in targets for target in per_clip], list(infos))
+    return Batch(list(clips), list(chain.from_iterable(targets)), list(chain.from_iterable(infos)))
 
 
 class Stream:
@@ -203,13 +204,13 @@ class Stream:
         chosen = np.concatenate([np.arange(self.num_positives), spare])
         if self.samples[0].entry.spacing_mm is not None:
             return rng.permutation(chosen)
-        return np.concatenate(list(_locally_shuffled(self.samples, rng)))
+        return np.concatenate(list(_locally_shuffled({index: self.samples[index] for index in chosen.tolist()}, rng)))
 
 
-def _locally_shuffled(samples: list[Sample], rng: np.random.Generator) -> Iterator[np.ndarray]:
+def _locally_shuffled(samples: dict[int, Sample], rng: np.random.Generator) -> Iterator[np.ndarray]:
     """Pictures: row groups in random order, a few of them mixed at a time, so that none is read over and over."""
     groups: dict[tuple[str, int], list[int]] = {}
-    for index, sample in enumerate(samples):
+    for index, sample in samples.items():
         groups.setdefault((sample.entry.series, sample.row // sample.entry.rows_per_group), []).append(index)
     order = [list(groups.values())[i] for i in rng.permutation(len(groups))]
     for start in range(0, len(order), PICTURE_GROUPS_MIXED):

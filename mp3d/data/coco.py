@@ -25,8 +25,8 @@ from mp3d.errors import DataError
 
 READER = "coco/1"
 PREFIX = "instances_"
-MAX_CLASSES = 255
-"""The stored mask has a byte per pixel."""
+MAX_CLASSES = 254
+"""The stored mask has a byte per pixel, of which 255 means that the class is not known."""
 
 
 def read_coco(

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from mp3d.errors import DataError
 from mp3d.metrics.boxes import box_iou
@@ -11,6 +11,8 @@ from mp3d.metrics.froc import Detections
 
 RECALL_POINTS = np.linspace(0, 1, 101)
 """Where COCO reads the precision."""
+COCO_IOU_THRESHOLDS = tuple(percent / 100 for percent in range(50, 100, 5))
+"""Over which COCO takes the mean."""
 
 
 def average_precision(
@@ -49,6 +51,39 @@ def average_precision(
     index = np.searchsorted(recall, RECALL_POINTS, side="left")
     reached = index < len(recall)
     return float(np.where(reached, best_from_here[np.minimum(index, len(recall) - 1)], 0).mean())
+
+
+def mean_average_precision(
+    detections: Sequence[Detections],
+    detected_labels: Sequence[Int[np.ndarray, " _"]],
+    truths: Sequence[Float[np.ndarray, "_ 4"]],
+    true_labels: Sequence[Int[np.ndarray, " _"]],
+    iou_thresholds: Sequence[float] = COCO_IOU_THRESHOLDS,
+) -> float:
+    """Mean over thresholds and over the classes that have a true box; COCO's mAP but for its crowds, which are no
+    boxes here.
+
+    Args:
+        detected_labels: class of each detection, image by image, as ``true_labels`` of the true boxes.
+
+    Raises:
+        DataError: there is no true box at all.
+    """
+    classes = np.unique(np.concatenate([np.zeros(0, int), *true_labels]))
+    if len(classes) == 0:
+        raise DataError(f"average precision is undefined: {len(truths)} images hold no true box")
+    found = []
+    for each in classes:
+        images = [
+            ((boxes[labels == each], scores[labels == each]), true_boxes[true == each])
+            for (boxes, scores), labels, true_boxes, true in zip(
+                detections, detected_labels, truths, true_labels, strict=True
+            )
+            if (labels == each).any() or (true == each).any()
+        ]
+        of_class, true_of_class = [image[0] for image in images], [image[1] for image in images]
+        found += [average_precision(of_class, true_of_class, threshold) for threshold in iou_thresholds]
+    return float(np.mean(found))
 
 
 def _hits(boxes: np.ndarray, true_boxes: np.ndarray, iou_threshold: float) -> np.ndarray:

@@ -1,16 +1,17 @@
 """Networks. :func:`build_model` is the one place where a config becomes a model."""
 
-from mp3d.config import ClassificationHead, ClipConfig, DetectionHead, ModelConfig
+from mp3d.config import ClassificationHead, ClipConfig, DetectionHead, ModelConfig, SegmentationHead
 from mp3d.errors import ConfigError
 from mp3d.models.classifier import ClipClassifier
 from mp3d.models.detector import LesionDetector
 from mp3d.models.p3d import MIN_DEPTH
 from mp3d.models.resnet3d import PLANES_OF_A_PICTURE
+from mp3d.models.segmenter import ClipSegmenter
 
-__all__ = ["ClipClassifier", "LesionDetector", "build_model"]
+__all__ = ["ClipClassifier", "ClipSegmenter", "LesionDetector", "build_model"]
 
 
-def build_model(model: ModelConfig, clip: ClipConfig) -> LesionDetector | ClipClassifier:
+def build_model(model: ModelConfig, clip: ClipConfig) -> LesionDetector | ClipClassifier | ClipSegmenter:
     """The model of a config, freshly initialised, in training mode, on the default device.
 
     Raises:
@@ -22,6 +23,8 @@ def build_model(model: ModelConfig, clip: ClipConfig) -> LesionDetector | ClipCl
             return LesionDetector(model, clip)
         case ClassificationHead():
             return ClipClassifier(model, clip)
+        case SegmentationHead():
+            return ClipSegmenter(model, clip)
 
 
 def check_depth(model: ModelConfig, clip: ClipConfig) -> None:

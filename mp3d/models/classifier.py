@@ -24,7 +24,7 @@ class ClipClassifier(nn.Module):
         head = model.head
         if not isinstance(head, ClassificationHead):
             raise TypeError(f"model.head is a {type(head).__name__}; a classifier needs a ClassificationHead")
-        self.label_smoothing = head.label_smoothing
+        self.label_smoothing, self.loss_over_batch = head.label_smoothing, head.loss_over_batch
         self.transform = ClipTransform(clip)
         self.backbone = build_backbone(model)
         self.fc = nn.Linear(self.backbone.out_channels[-1], head.num_classes)
@@ -32,7 +32,7 @@ class ClipClassifier(nn.Module):
     def forward(
         self, clips: Sequence[Clip], targets: Sequence[Target] | None = None, image_size: int | None = None
     ) -> dict[str, Tensor] | list[Prediction]:
-        """In training mode the loss, a mean over the batch (the authors' code sums); else the logits of each clip.
+        """In training mode the loss, over the batch as the head says; else the logits of each clip.
 
         Raises:
             ValueError: no target in training, another number of targets than clips, or a label that is no class.
@@ -45,7 +45,8 @@ class ClipClassifier(nn.Module):
         if targets is None:
             raise ValueError("targets is None; training needs one target per clip")
         labels = self._labels(targets, len(clips))
-        return {"loss_classification": F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)}
+        loss = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing, reduction=self.loss_over_batch)
+        return {"loss_classification": loss}
 
     def _labels(self, targets: Sequence[Target], num_clips: int) -> Tensor:
         if len(targets) != num_clips:

@@ -29,8 +29,15 @@ class Stem(nn.Module):
         self.pool_z_stride = 2 if strides.isotropic else 1
 
     def forward(self, x: Float[Tensor, "nd c h w"], z: AlongZ) -> Float[Tensor, "_ o h4 w4"]:
+        return self.pooled(self.convolved(x, z), z)
+
+    def convolved(self, x: Float[Tensor, "nd c h w"], z: AlongZ) -> Float[Tensor, "_ o h2 w2"]:
+        """What the pool reads."""
         for layer in self.layers:
             x = F.relu(layer(x, z), inplace=True)
+        return x
+
+    def pooled(self, x: Float[Tensor, "nd o h2 w2"], z: AlongZ) -> Float[Tensor, "_ o h4 w4"]:
         if self.pool == "none":
             return x
         return max_pool_plane(x) if self.pool == "1x3x3" else max_pool(x, z, self.pool_z_stride)
@@ -89,13 +96,28 @@ class FoldedResNet(nn.Module):
         z = WholeClips(len(x))
         return [unfold(features, z.depth(features)) for features in self.run(fold(x), z)]
 
+    def with_stem(self, x: Float[Tensor, "n 1 d h w"]) -> list[Float[Tensor, "n _ _ _ _"]]:
+        """The outputs of the stem, before its pool, and of stage 1 to 4: what a decoder reads."""
+        z = WholeClips(len(x))
+        with self._grad_unless_frozen(0):
+            stem = self.stem.convolved(fold(x), z)
+            x = self.stem.pooled(stem, z)
+        return [unfold(features, z.depth(features)) for features in (stem, *self._run_stages(x, z))]
+
     def run(self, x: Float[Tensor, "nd 1 h w"], z: AlongZ) -> list[Float[Tensor, "_ _ _ _"]]:
-        """The same on folded tensors, whose slices hang together as ``z`` says."""
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self.num_frozen_parts < 1):
+        """The outputs of stage 1 to 4 on folded tensors, whose slices hang together as ``z`` says."""
+        with self._grad_unless_frozen(0):
             x = self.stem(x, z)
+        return self._run_stages(x, z)
+
+    def _grad_unless_frozen(self, part: int) -> torch.set_grad_enabled:
+        """Part 0 is the stem, part k stage k."""
+        return torch.set_grad_enabled(torch.is_grad_enabled() and self.num_frozen_parts <= part)
+
+    def _run_stages(self, x: Float[Tensor, "nd c h w"], z: AlongZ) -> list[Float[Tensor, "_ _ _ _"]]:
         outputs = []
         for number, blocks in enumerate(self.stages, start=1):
-            with torch.set_grad_enabled(torch.is_grad_enabled() and self.num_frozen_parts < number + 1):
+            with self._grad_unless_frozen(number):
                 for block in blocks:
                     x = block(x, z)
                 x = self.after_stage(number, x, z)

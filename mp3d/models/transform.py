@@ -18,7 +18,7 @@ from mp3d.config import ClipConfig
 from mp3d.sample import Clip, Prediction, Target
 
 PAD_MULTIPLE = 32
-"""Stride of the last 3D stage: padded rows and columns are a multiple of it."""
+"""Stride of the last 3D stage: padded rows and columns of whole slices are a multiple of it; blocks are not padded."""
 
 
 @dataclass(frozen=True)
@@ -122,8 +122,9 @@ class ClipTransform(nn.Module):
         return F.interpolate(slices[None], size=size, mode="bilinear", align_corners=False)[0]
 
     def _pad(self, clips: Sequence[Float[Tensor, "d _ _"]]) -> Float[Tensor, "n 1 d h w"]:
-        height = -(-max(clip.shape[1] for clip in clips) // PAD_MULTIPLE) * PAD_MULTIPLE
-        width = -(-max(clip.shape[2] for clip in clips) // PAD_MULTIPLE) * PAD_MULTIPLE
+        multiple = PAD_MULTIPLE if self.config.block is None else 1
+        height = -(-max(clip.shape[1] for clip in clips) // multiple) * multiple
+        width = -(-max(clip.shape[2] for clip in clips) // multiple) * multiple
         air = (0 - self.config.mean) / self.config.std
         batch = clips[0].new_full((len(clips), 1, clips[0].shape[0], height, width), air)
         for index, clip in enumerate(clips):

@@ -44,6 +44,8 @@ class SeriesEntry:
     """Of the bytes of each of its row groups; the file's first four bytes belong to the first group of the file."""
     footer_crc32: int = 0
     """Of the bytes of the file behind the last row group."""
+    marked_per_row: tuple[bool | None, ...] | None = None
+    """Whether a row's mask marks anything; None where nobody looked; the whole is None where no row has a mask."""
 
     @property
     def num_groups(self) -> int:
@@ -55,6 +57,10 @@ class SeriesEntry:
     def rows_without_boxes(self) -> list[int]:
         """Rows that were searched and hold nothing: the only honest negatives."""
         return [i for i, count in enumerate(self.boxes_per_row or ()) if count == 0]
+
+    def rows_with_mask(self, marked: bool) -> list[int]:
+        """Rows whose mask marks something, or those whose mask says that there is nothing."""
+        return [i for i, found in enumerate(self.marked_per_row or ()) if found is marked]
 
 
 def entry_as_dict(entry: SeriesEntry) -> dict[str, Any]:
@@ -123,6 +129,7 @@ class PartWriter:
         for start in range(0, len(rows), per_group):  # so that only one group exists twice in memory
             self._writer.write_table(pa.Table.from_pylist(list(rows[start : start + per_group]), SCHEMA))
         counts = tuple(None if row["boxes"] is None else len(row["boxes"]) // 4 for row in rows)
+        marked = tuple(None if row["mask"] is None else row["mask"].strip(b"\0") != b"" for row in rows)
         first = rows[0]
         self.entries.append(
             SeriesEntry(
@@ -136,6 +143,7 @@ class PartWriter:
                 spacing_mm=None if first["spacing_mm"] is None else tuple(first["spacing_mm"]),
                 boxes_per_row=None if all(count is None for count in counts) else counts,
                 warnings=tuple(warnings),
+                marked_per_row=None if all(found is None for found in marked) else marked,
             )
         )
         self._row_groups += self.entries[-1].num_groups

@@ -9,20 +9,13 @@ unless the docstring says otherwise.
 from math import prod
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    NonNegativeFloat,
-    NonNegativeInt,
-    PositiveFloat,
-    PositiveInt,
-    model_validator,
-)
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from mp3d.errors import ConfigError
+from mp3d.config.base import Config, Fraction
+from mp3d.config.clips import AugmentConfig, ClipConfig
+from mp3d.config.heads import UNKNOWN as UNKNOWN
+from mp3d.config.heads import ClassificationHead, DetectionHead, SegmentationHead
 
-Fraction = Annotated[float, Field(ge=0, le=1)]
 BackboneName = Literal[
     "mp3d18", "mp3d18ba", "mp3d34ba", "mp3d63", "mp3d131",
     "p3d18", "p3d18ba", "p3d34ba", "p3d63", "p3d131",
@@ -30,127 +23,6 @@ BackboneName = Literal[
     "resnet2d18", "resnet2d34", "resnet2d50",
 ]  # fmt: skip
 """MP3D keeps z; P3D pools it away; 3D ResNets have a 7 x 7 x 7 stem or V1c's; 2D ones read 3 slices as colours."""
-
-
-class Config(BaseModel):
-    """Frozen, and deaf to unknown fields: a typo is an error wherever the config comes from."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
-
-    def override(self, changes: dict[str, Any]) -> Self:
-        """Copy with dotted fields replaced, e.g. ``{"optim.lr": 0.01}``; every value is validated again.
-
-        Raises:
-            ConfigError: a path that names no field; the message lists the fields there.
-        """
-        tree = self.model_dump()
-        for path, value in changes.items():
-            *parents, leaf = path.split(".")
-            node = tree
-            for name in parents:
-                node = node.get(name) if isinstance(node, dict) else None
-            if not isinstance(node, dict) or leaf not in node:
-                known = ", ".join(sorted(node)) if isinstance(node, dict) else "none"
-                raise ConfigError(f"{type(self).__name__} has no field {path!r}; fields there: {known}")
-            node[leaf] = value
-        return type(self).model_validate(tree)
-
-
-class ClipConfig(Config):
-    """How stored slices become what the network reads (MP3D port, ``image_io_3DCE.py``)."""
-
-    num_slices: PositiveInt = 9
-    """Slices that a key slice is judged by, odd; it is the middle one. 3 for colour pictures (their planes)."""
-    num_key_slices: PositiveInt = 1
-    """Neighbouring slices of a clip any of which may be a key slice. 1: windows, as published; 9: slabs of 17 slices.
-    A detector trained on slabs can be run over a whole series at once.
-    """
-    slice_spacing_mm: PositiveFloat | None = 2.5
-    """Spacing of the clip along z; None takes the slices as they are stored, as for the planes of a picture."""
-    interpolation: Literal["exact", "authors"] = "exact"
-    """Where neighbours lie that fall between stored slices: at their own place; or where the authors' loader puts them,
-    which reuses the first neighbour's weights for all and is off by up to 1.5 mm (0 at 1, 2.5 and 5 mm spacing).
-    """
-    window_hu: tuple[float, float] = (-1024.0, 1050.0)
-    """Hounsfield range mapped linearly to 0..255 and clipped; unused for colour pictures."""
-    mean: float = 123.675
-    """Subtracted from 0..255."""
-    std: PositiveFloat = 58.395
-    """Divides after the mean is subtracted."""
-    image_size: PositiveInt = 512
-    """Pixels of the longer side after resizing, in evaluation and serving; a multiple of 32 wastes no padding."""
-
-    @property
-    def depth(self) -> int:
-        """Slices of a clip: ``num_slices`` around each of its possible key slices."""
-        return self.num_slices + self.num_key_slices - 1
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if self.num_slices % 2 == 0:
-            raise ValueError(f"num_slices is {self.num_slices}; it must be odd so that there is a middle slice")
-        if self.window_hu[0] >= self.window_hu[1]:
-            raise ValueError(f"window_hu is {self.window_hu}; the lower bound comes first")
-        return self
-
-
-class AugmentConfig(Config):
-    """Random changes of a training clip; all zero switches them off."""
-
-    horizontal_flip: Fraction = 0.5
-    """Probability of mirroring left and right."""
-    z_flip: Fraction = 0.5
-    """Probability of reversing the slice order."""
-    image_sizes: tuple[PositiveInt, ...] = (448, 512, 576)
-    """Pixels of the longer side, one drawn for each batch; empty: always ``clip.image_size``."""
-    shuffle_planes: bool = False
-    """Colour pictures: a fresh random order of the three planes for every picture (VDT, ``RandomChannelShuffle``)."""
-    crop_scale: tuple[Fraction, Fraction] | None = None
-    """Colour pictures: area of the random resized crop as a share of the picture; None: no crop."""
-
-
-class DetectionHead(Config):
-    """Faster R-CNN on the key slice; the defaults are the authors' ``mp3d_groupconv.py``."""
-
-    kind: Literal["detection"] = "detection"
-    num_classes: PositiveInt = 1
-    """Lesion classes, the background not counted."""
-    fpn_channels: PositiveInt = 256
-    anchor_sizes_px: tuple[tuple[PositiveFloat, ...], ...] = ((16,), (32,), (64,), (128,), (256,))
-    """Square root of the anchor area, one tuple for each of the five levels P2..P6."""
-    anchor_ratios: tuple[PositiveFloat, ...] = (0.5, 1.0, 2.0)
-    """Height over width."""
-    anchors: Literal["given", "fit"] = "given"
-    """given: the sizes and ratios that stand here; fit: as many, fitted to the boxes of the training split before the
-    run starts, which then holds the fitted ones as given.
-    """
-    rpn_positive_iou: Fraction = 0.7
-    rpn_negative_iou: Fraction = 0.3
-    rpn_samples: PositiveInt = 256
-    """Anchors per key slice that enter the loss, at most half of them positive."""
-    rpn_nms_iou: Fraction = 0.7
-    rpn_pre_nms: tuple[PositiveInt, PositiveInt] = (2000, 2000)
-    """Best anchors per level that enter NMS, in training and in evaluation."""
-    rpn_post_nms: tuple[PositiveInt, PositiveInt] = (1000, 1000)
-    """Proposals kept per key slice, in training and in evaluation."""
-    box_iou: Fraction = 0.5
-    """A proposal is positive from this overlap on and negative below it."""
-    box_samples: PositiveInt = 512
-    """Proposals per key slice that enter the loss, at most a quarter of them positive."""
-    box_features: PositiveInt = 1024
-    """Width of the two fully connected layers."""
-    score_threshold: Fraction = 0.0
-    box_nms_iou: Fraction = 0.5
-    max_detections: PositiveInt = 100
-    """Boxes kept per key slice."""
-
-
-class ClassificationHead(Config):
-    """Global average pool over depth, rows and columns, then one linear layer (VDT, ``use_3d_gap``)."""
-
-    kind: Literal["classification"] = "classification"
-    num_classes: PositiveInt
-    label_smoothing: Fraction = 0.1
 
 
 class StrideConfig(Config):
@@ -200,7 +72,9 @@ class ModelConfig(Config):
     """
     frozen_stages: Annotated[int, Field(ge=-1, le=4)] = -1
     """-1 trains everything, 0 freezes the stem, k also stages 1..k (the authors' counting)."""
-    head: Annotated[DetectionHead | ClassificationHead, Field(discriminator="kind")] = DetectionHead()
+    head: Annotated[DetectionHead | ClassificationHead | SegmentationHead, Field(discriminator="kind")] = (
+        DetectionHead()
+    )
 
     @property
     def keeps_z(self) -> bool:
@@ -216,6 +90,8 @@ class ModelConfig(Config):
             raise ValueError(f"{self.backbone} has a pool of its own; leave strides.pool alone")
         if self.head.kind == "detection" and (self.strides.isotropic or self.strides.of_outputs != (4, 8, 16, 32)):
             raise ValueError("a detector needs strides of 4, 8, 16, 32 and every slice; leave strides alone")
+        if self.head.kind == "segmentation" and self.backbone.startswith(("p3d", "resnet2d")):
+            raise ValueError(f"{self.backbone} has no features along z; a segmenter needs an mp3d or a resnet3d")
         if self.to_2d in ("group", "dense") and not self.keeps_z:
             raise ValueError(f"{self.backbone} leaves no slices to weight; leave to_2d unset, or centre")
         return self
@@ -224,11 +100,15 @@ class ModelConfig(Config):
 class OptimConfig(Config):
     """Optimiser and schedule; the defaults are the authors' for DeepLesion."""
 
-    algorithm: Literal["sgd", "adamw"] = "sgd"
+    algorithm: Literal["sgd", "adam", "adamw"] = "sgd"
+    """adam adds the weight decay to the gradient, adamw to the step."""
     lr: PositiveFloat = 0.02
     momentum: Fraction = 0.9
     weight_decay: NonNegativeFloat = 1e-4
-    schedule: Literal["step", "cosine", "constant"] = "step"
+    schedule: Literal["step", "cosine", "poly", "constant"] = "step"
+    """poly: from ``lr`` to ``min_lr`` as the remaining share of the steps to the power 0.9."""
+    min_lr: NonNegativeFloat = 0.0
+    """Where ``poly`` ends."""
     milestones: tuple[PositiveInt, ...] = (16, 22)
     """Epochs after which ``step`` multiplies the learning rate by ``gamma``."""
     gamma: PositiveFloat = 0.1
@@ -305,6 +185,26 @@ class TrainConfig(Config):
     loop: LoopConfig = LoopConfig()
     launch: LaunchConfig = LaunchConfig()
     tracking: TrackingConfig = TrackingConfig()
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        block, kind, augment = self.clip.block, self.model.head.kind, self.augment
+        if block is not None and kind == "detection":
+            raise ValueError("a detector reads whole slices; leave clip.block unset")
+        if block is not None and augment.image_sizes:
+            raise ValueError("a block is not resized; set augment.image_sizes to () and use augment.zoom")
+        if block is None and (augment.shift_px, augment.zoom, augment.quarter_turns) != ((0, 0), (1.0, 1.0), False):
+            raise ValueError("augment.shift_px, zoom and quarter_turns are for blocks; set clip.block")
+        if block is None and kind == "segmentation" and self.clip.slice_spacing_mm is not None:
+            raise ValueError("of a CT a segmenter reads blocks; set clip.block to centre or anywhere")
+        if augment.quarter_turns and self.clip.num_slices != self.clip.image_size:
+            raise ValueError("augment.quarter_turns needs equal sides: set clip.num_slices to clip.image_size")
+        cropped = augment.crop_scale is not None or self.clip.square_pictures
+        if cropped and kind == "detection":
+            raise ValueError("boxes do not follow a crop; leave augment.crop_scale and clip.square_pictures unset")
+        if self.clip.square_pictures and augment.crop_scale is None:
+            raise ValueError("clip.square_pictures needs augment.crop_scale: which part is cut out in training")
+        return self
 
     def identity(self) -> dict[str, Any]:
         """What must be equal for a run to be resumed: everything but where it runs and who watches."""
@@ -395,7 +295,7 @@ class EvaluateConfig(Config):
     shards: str
     """Folder that ``jobs/prepare.py`` wrote."""
     out: str
-    """Folder for report.html, froc.png, metrics.json and predictions.parquet."""
+    """Folder for metrics.json and predictions.parquet, of a detector report.html and froc.png too."""
     split: str = "test"
     ablations: bool = False
     """Also judge the same network without training, and fed its key slice nine times (no z context)."""
@@ -404,7 +304,13 @@ class EvaluateConfig(Config):
     a point of mean sensitivity, a detector trained on slabs is streamed from then on.
     """
     max_clips: PositiveInt | None = None
-    """Evenly spread over the split; None: every annotated slice."""
+    """Evenly spread over the split; None: every annotated slice, series or picture."""
+    threshold: Literal["val", "authors"] = "val"
+    """Where the threshold of a two-class classifier comes from: the one that is best on the validation split; or, as in
+    the authors' code, the tenth that is best on the judged split itself.
+    """
+    largest_component: bool = False
+    """Of a segmenter's answer for a series only the largest connected part of each class is judged."""
     batch_size: PositiveInt = 4
     runner: Literal["ray", "local"] = "ray"
     """ray: Ray Data over ``num_workers`` processes; local: this process."""

@@ -20,8 +20,9 @@ from torch import Tensor, nn
 
 from mp3d.checkpoint import Checkpoint, open_checkpoint
 from mp3d.config import EvaluateConfig
-from mp3d.data.batches import Batch, ClipDataset, Sample, SliceInfo, annotated_samples, evaluation_batches, read_clip
+from mp3d.data.batches import Batch, ClipDataset, SliceInfo, evaluation_batches, read_clip
 from mp3d.data.clips import series_grid, stored_slices
+from mp3d.data.samples import Sample, annotated_samples
 from mp3d.data.shard import ShardSet, decode_image, open_shards
 from mp3d.device import autocast, inference_dtype, pick_device
 from mp3d.errors import ConfigError, DataError

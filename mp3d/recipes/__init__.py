@@ -17,13 +17,34 @@ from mp3d.config import (
     LoopConfig,
     ModelConfig,
     OptimConfig,
+    SegmentationHead,
+    StrideConfig,
     TrainConfig,
+)
+from mp3d.recipes.pictures import (
+    PICTURE_CLIP,
+    vdt_coco_masks_r3d18,
+    vdt_coco_mp3d18ba,
+    vdt_coco_mp3d63,
+    vdt_coco_r3d18,
+    vdt_coco_r3d50,
+    vdt_imagenet_mp3d63,
+    vdt_imagenet_r3d18,
+    vdt_imagenet_r3d18_paper,
+    vdt_imagenet_r3d50_paper,
+    vdt_imagenet_v1c_paper,
+)
+from mp3d.recipes.volumes import (
+    lidc_classification,
+    lidc_classification_paper,
+    lidc_segmentation,
+    lidc_segmentation_paper,
+    lits_liver,
+    lits_liver_paper,
 )
 
 SYNTHETIC_WORLD = "data/synthetic"
 """Where the synthetic recipes look for their shards; jobs make them there if they are missing."""
-PICTURE_CLIP = ClipConfig(num_slices=3, slice_spacing_mm=None, mean=114.495, std=57.63, image_size=224)
-"""The planes of a colour picture as three slices (VDT; normalisation of the authors' configs)."""
 SMALL_HEAD = DetectionHead(
     fpn_channels=64,
     box_features=128,
@@ -42,6 +63,17 @@ HALF_OCTAVE_SIZES_PX = ((16.0, 22.6), (32.0, 45.3), (64.0, 90.5), (128.0, 181.0)
 """Two sizes an octave from 16 pixels on, where the authors have one: of DeepLesion's boxes 99 % meet a centred anchor
 at IoU 0.7 instead of 51 %.
 """
+SMALL_VOLUMES = {
+    "model.width": 0.125,
+    "model.norm": "slice_gn",
+    "optim.lr": 2e-3,
+    "loop.epochs": 6,
+    "loop.batch_size": 4,
+    "loop.steps_per_epoch": 40,
+    "loop.num_workers": 1,
+    "launch": LaunchConfig(cpus_per_worker=2),
+}
+"""What makes a recipe for nodules small."""
 SMALL_TUMOUR_SIZES_PX = ((12, 16, 20), (24, 32, 40), (48, 56, 64), (72, 84, 96), (112, 128, 144))
 
 
@@ -83,6 +115,27 @@ def synthetic_finetune() -> TrainConfig:
     )
 
 
+def synthetic_segmentation() -> TrainConfig:
+    """Segment the lesions of the made CT world with a small 3D network, about two minutes on two cores.
+
+    python jobs/finetune.py synthetic_segmentation
+    """
+    return TrainConfig(
+        name="synthetic_segmentation",
+        shards=f"{SYNTHETIC_WORLD}/ct",
+        clip=ClipConfig(num_slices=12, image_size=64, block="anywhere"),
+        augment=AugmentConfig(image_sizes=(), shift_px=(2, 32)),
+        model=ModelConfig(
+            backbone="resnet3d18", width=0.125, strides=StrideConfig(stem=1), head=SegmentationHead(dropout=0)
+        ),
+        optim=OptimConfig(
+            algorithm="adamw", lr=3e-3, weight_decay=0.01, schedule="cosine", warmup_steps=20, clip_grad_norm=10
+        ),
+        loop=LoopConfig(epochs=4, batch_size=2, steps_per_epoch=75, max_validation_clips=64),
+        launch=LaunchConfig(cpus_per_worker=2),
+    )
+
+
 def small_pretrain() -> TrainConfig:
     """Pre-train a small MP3D on a folder of real pictures of 20 classes, e.g. a piece of Tiny-ImageNet; minutes on two
     cores.
@@ -120,40 +173,67 @@ def small_finetune() -> TrainConfig:
     )
 
 
-def vdt_imagenet_r3d18_paper() -> TrainConfig:
-    """VDT: ResNet3D-18 on ImageNet, planes shuffled (CSPR
-    ``resnet18_3d_BN_b32x8_coslr_labelsmoothing_channelshuffle.py``).
+def small_pretrain_boxes() -> TrainConfig:
+    """Pre-train a small MP3D on boxes in real pictures, e.g. of Tiny-ImageNet (``--boxes``); minutes on two cores.
 
-    python jobs/pretrain.py vdt_imagenet_r3d18_paper --shards /data/imagenet
-    The authors' file name says top-1 73.07, about a week on eight Titan Xp.
+    python jobs/pretrain.py small_pretrain_boxes --shards data/boxes
     """
-    return TrainConfig(
-        name="vdt_imagenet_r3d18_paper",
-        shards="data/imagenet",
-        clip=PICTURE_CLIP,
-        augment=AugmentConfig(z_flip=0, image_sizes=(), shuffle_planes=True, crop_scale=(0.08, 1.0)),
-        model=ModelConfig(backbone="resnet3d18", norm="bn", head=ClassificationHead(num_classes=1000)),
-        optim=OptimConfig(lr=0.1, schedule="cosine", warmup_steps=0, clip_grad_norm=None),
-        loop=LoopConfig(epochs=100, batch_size=32, num_workers=8),
-        launch=LaunchConfig(accelerator="gpu", loader_workers=8, cpus_per_worker=8),
+    return small_pretrain().override(
+        {
+            "name": "small_pretrain_boxes",
+            "shards": "data/boxes",
+            "clip.image_size": 96,
+            "augment.crop_scale": None,
+            "augment.image_sizes": (80, 96, 112),
+            "model.head": SMALL_HEAD.override({"num_classes": 20, "anchors": "given"}),
+            "loop.batch_size": 4,
+            "loop.steps_per_epoch": 60,
+        }
     )
 
 
-def vdt_imagenet_v1c_paper() -> TrainConfig:
-    """VDT with the stem of three 3 x 3 x 3 convolutions, all of whose weights learn at depth 3 (ResNet3DV1c-18).
+def small_pretrain_masks() -> TrainConfig:
+    """Pre-train a small 3D network on masks of real pictures, e.g. a piece of COCO (``--masks``); minutes on two cores.
 
-    python jobs/pretrain.py vdt_imagenet_v1c_paper --shards /data/imagenet
+    python jobs/pretrain.py small_pretrain_masks --shards data/masks
     """
-    return vdt_imagenet_r3d18_paper().override({"name": "vdt_imagenet_v1c_paper", "model.backbone": "resnet3d18_v1c"})
+    return small_pretrain().override(
+        {
+            "name": "small_pretrain_masks",
+            "shards": "data/masks",
+            "clip.image_size": 96,
+            "model.backbone": "resnet3d18",
+            "model.head": SegmentationHead(num_classes=80),
+            "loop.batch_size": 4,
+            "loop.steps_per_epoch": 60,
+        }
+    )
 
 
-def vdt_imagenet_mp3d63() -> TrainConfig:
-    """VDT by classification for MP3D-63, whose published weights were pre-trained on COCO boxes instead.
+def small_classification() -> TrainConfig:
+    """Classify the cubes around a few dozen real nodules; minutes on two cores.
 
-    python jobs/pretrain.py vdt_imagenet_mp3d63 --shards /data/imagenet
+    python jobs/finetune.py small_classification --shards data/nodules
     """
-    return vdt_imagenet_r3d18_paper().override(
-        {"name": "vdt_imagenet_mp3d63", "model.backbone": "mp3d63", "model.norm": "slice_gn"}
+    return lidc_classification().override({"name": "small_classification", "shards": "data/nodules", **SMALL_VOLUMES})
+
+
+def small_segmentation() -> TrainConfig:
+    """Segment the nodules in a few dozen real cubes; minutes on two cores.
+
+    python jobs/finetune.py small_segmentation --shards data/nodules
+    """
+    return lidc_segmentation().override(
+        {
+            "name": "small_segmentation",
+            "shards": "data/nodules",
+            **SMALL_VOLUMES,
+            "clip.num_slices": 24,
+            "clip.image_size": 24,
+            "clip.slice_spacing_mm": 2.0,
+            "clip.pixel_spacing_mm": 2.0,
+            "augment.shift_px": (2, 2),
+        }
     )
 
 
@@ -224,10 +304,11 @@ def deeplesion_resnet2d50() -> TrainConfig:
         {
             "name": "deeplesion_resnet2d50",
             "clip.num_slices": 3,
-            "model.backbone": "resnet2d50",
-            "model.norm": "frozen_bn",
+            "clip.interpolation": "exact",
             "model.head.anchors": "fit",
             "model.head.anchor_sizes_px": HALF_OCTAVE_SIZES_PX,
+            "model.backbone": "resnet2d50",
+            "model.norm": "frozen_bn",
         }
     )
 
@@ -236,16 +317,34 @@ Recipe = Callable[[], TrainConfig]
 PRETRAIN: tuple[Recipe, ...] = (
     synthetic_pretrain,
     small_pretrain,
+    small_pretrain_boxes,
+    small_pretrain_masks,
     vdt_imagenet_r3d18_paper,
+    vdt_imagenet_r3d50_paper,
     vdt_imagenet_v1c_paper,
+    vdt_imagenet_r3d18,
     vdt_imagenet_mp3d63,
+    vdt_coco_r3d18,
+    vdt_coco_r3d50,
+    vdt_coco_mp3d18ba,
+    vdt_coco_mp3d63,
+    vdt_coco_masks_r3d18,
 )
 FINETUNE: tuple[Recipe, ...] = (
     synthetic_finetune,
+    synthetic_segmentation,
     small_finetune,
+    small_classification,
+    small_segmentation,
     deeplesion_mp3d63_paper,
     deeplesion_mp3d63,
     deeplesion_mp3d18ba,
     deeplesion_p3d18ba_paper,
     deeplesion_resnet2d50,
+    lidc_classification_paper,
+    lidc_classification,
+    lidc_segmentation_paper,
+    lidc_segmentation,
+    lits_liver_paper,
+    lits_liver,
 )

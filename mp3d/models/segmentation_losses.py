@@ -1,0 +1,67 @@
+"""Losses of masks: cross-entropy and soft Dice, as they are meant and as the authors' code has them.
+
+The originals are ``soft_dice_loss.py`` (LiTS) and ``loss_from_acs.py`` (LIDC) of CSPR's ``medseg``.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor
+
+from mp3d.config import UNKNOWN, SegmentationHead
+
+AUTHORS_LIDC_WEIGHTS = (1.0, 0.5)
+"""Of cross-entropy and Dice: the default of a function that never gets the configured ones."""
+
+
+def mask_losses(
+    logits: Float[Tensor, "k c h w"],
+    masks: Int64[Tensor, "k h w"],
+    head: SegmentationHead,
+    keys_per_clip: Sequence[int],
+) -> dict[str, Tensor]:
+    """``loss_cross_entropy`` and ``loss_dice``, weighted; 0 where no pixel is known.
+
+    Args:
+        logits: float32, one map per key slice in clip order, the background first.
+        masks: classes, or ``UNKNOWN``.
+        keys_per_clip: key slices of each clip.
+    """
+    known = masks != UNKNOWN
+    truth = F.one_hot(masks.where(known, torch.zeros_like(masks)), logits.shape[1]).movedim(-1, 1).to(logits.dtype)
+    weights = (head.cross_entropy_weight, head.dice_weight)
+    if head.loss == "lidc_authors":
+        weights = AUTHORS_LIDC_WEIGHTS
+        cross_entropy = -_mean(F.log_softmax(logits, dim=-1) * truth, known.unsqueeze(1).expand_as(truth))
+    else:
+        cross_entropy = _mean(-(F.log_softmax(logits, dim=1) * truth).sum(1), known)
+    dice = 1 - soft_dice(logits.softmax(1), truth, known, head, keys_per_clip)
+    return {"loss_cross_entropy": weights[0] * cross_entropy, "loss_dice": weights[1] * dice}
+
+
+def soft_dice(
+    probabilities: Float[Tensor, "k c h w"],
+    truth: Float[Tensor, "k c h w"],
+    known: Bool[Tensor, "k h w"],
+    head: SegmentationHead,
+    keys_per_clip: Sequence[int],
+) -> Float[Tensor, ""]:
+    """Mean over clips (or the one batch) and classes of twice the intersection over the sum of both."""
+    counted = known.unsqueeze(1)
+    intersection = (probabilities * truth * counted).sum((2, 3))
+    both = ((probabilities + truth) * counted).sum((2, 3))
+    groups = list(keys_per_clip) if head.dice_over == "clip" else [len(truth)]
+    intersection, both = (
+        torch.stack([part.sum(0) for part in per_slice.split(groups)]) for per_slice in (intersection, both)
+    )
+    if not head.dice_background:
+        intersection, both = intersection[:, 1:], both[:, 1:]
+    if head.loss == "lits_authors":
+        return (2 * intersection / (intersection + both + head.dice_smooth)).mean()
+    return ((2 * intersection + head.dice_smooth) / (both + head.dice_smooth)).mean()
+
+
+def _mean(values: Float[Tensor, "*s"], counted: Bool[Tensor, "*s"]) -> Float[Tensor, ""]:
+    return (values * counted).sum() / counted.sum().clamp(min=1)
