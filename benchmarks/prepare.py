@@ -27,8 +27,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pydicom
 import SimpleITK as sitk
+from machine import cpu_model
 from pydicom.pixels import apply_rescale
-from resample_z import cpu_model
 
 from mp3d.data.dicom_folder import read_dicom
 from mp3d.data.prepare import prepare
@@ -155,7 +155,9 @@ def report(costs: dict[str, list[tuple[float, float, int]]], asked: argparse.Nam
     ours, seconds = next(iter(medians.values()))[:2]
     print(f"\n{asked.series} made series of {asked.slices} slices of {SIDE} x {SIDE}, uncompressed DICOM")
     print(f"two cores of {cpu_model()}; medians of {asked.rounds} rounds\n")
-    print("| method | CPU s per series | prepare's speed beside it, by CPU | series/s | ... by the clock | MB written |")
+    print(
+        "| method | CPU s per series | prepare's speed beside it, by CPU | series/s | ... by the clock | MB written |"
+    )
     print("| --- | --- | --- | --- | --- | --- |")
     for name, (cpu, clock, size) in medians.items():
         rate = asked.series / clock
