@@ -12,7 +12,6 @@ time but a mark. pydicom's plug-ins are those found. Takes two minutes.
 
 import argparse
 import os
-import platform
 import statistics
 import tempfile
 import time
@@ -26,6 +25,7 @@ import imagecodecs
 import numpy as np
 import SimpleITK as sitk
 from jaxtyping import Int16
+from machine import cpu_model
 from openjpeg.utils import decode_pixel_data
 from pydicom import Dataset, FileMetaDataset, dcmread, dcmwrite, uid
 from pydicom.encaps import encapsulate, generate_frames
@@ -205,13 +205,6 @@ def medians(paths: list[Path], methods: dict[str, Reader], rounds: int) -> dict[
         right = results[name] == 0
         results[name] = 1e3 * statistics.median(values) if right else f"wrong by {results[name]:g} HU"
     return results
-
-
-def cpu_model() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
 
 
 def main() -> None:

@@ -27,8 +27,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pydicom
 import SimpleITK as sitk
+from machine import cpu_model
 from pydicom.pixels import apply_rescale
-from resample_z import cpu_model
 
 from mp3d.data.dicom_folder import read_dicom
 from mp3d.data.prepare import prepare
@@ -36,7 +36,7 @@ from mp3d.data.series import Volume
 from mp3d.data.synthetic.dicom_files import write_ct_series
 from mp3d.launch import connect_ray
 
-SIDE, SLICES_PER_GROUP = 512, 12
+SIDE, SLICES_PER_GROUP = 512, 8
 TICK = os.sysconf("SC_CLK_TCK")
 
 
@@ -76,7 +76,7 @@ def decode_and_write(folder: Path, read: Callable[[Path], list[np.ndarray]], out
         write_statistics=False,
     ) as writer:  # fmt: skip
         for start in range(0, len(slices), SLICES_PER_GROUP):
-            images = [slice_.data.cast("B") for slice_ in slices[start : start + SLICES_PER_GROUP]]
+            images = [slice_.tobytes() for slice_ in slices[start : start + SLICES_PER_GROUP]]
             writer.write_table(pa.table({"image": pa.array(images, pa.binary())}))
 
 

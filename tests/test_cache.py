@@ -78,7 +78,7 @@ def test_what_is_cached_is_not_read_from_the_shards(ct: ShardSet, tmp_path: Path
     through = pickle.loads(pickle.dumps(cached(ct, tmp_path, 1)))
     stored = rows_of(ct)
     assert rows_of(through) == stored
-    monkeypatch.setattr(ShardSet, "read_rows", lambda *_: pytest.fail("read from the shards"))
+    monkeypatch.setattr(ShardSet, "view_rows", lambda *_: pytest.fail("read from the shards"))
     forget()
     assert rows_of(through) == stored
     entry = through.entries[0]

@@ -172,7 +172,7 @@ def test_row_groups_hold_one_series_and_nine_slices_touch_two(tmp_path, monkeypa
 def test_slices_of_512_share_a_row_group_of_a_few_megabytes(tmp_path):
     hu = np.zeros((30, 512, 512), np.int16)
     shards = write_set(tmp_path, CTSeries("p", "st", "s", Volume(hu, AFFINE), (Truth(),) * 30))
-    assert shards.entries[0].rows_per_group == 12
+    assert shards.entries[0].rows_per_group == 8
 
 
 def test_same_rows_same_bytes(tmp_path):

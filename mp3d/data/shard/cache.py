@@ -53,9 +53,9 @@ class CachedShards(ShardSet):
     cache: Path
     max_bytes: int
 
-    def read_rows(self, entry: SeriesEntry, start: int, stop: int) -> list[Row]:
+    def view_rows(self, entry: SeriesEntry, start: int, stop: int) -> list[Row]:
         series = self._cached(entry, start, stop)
-        return self.stored.read_rows(entry, start, stop) if series is None else series.rows(start, stop)
+        return self.stored.view_rows(entry, start, stop) if series is None else series.rows(start, stop)
 
     def read_slices(self, entry: SeriesEntry, start: int, stop: int) -> tuple[list[Row], Int16[np.ndarray, "d h w"]]:
         series = self._cached(entry, start, stop)
