@@ -15,7 +15,8 @@ import pytest
 import torch
 
 from mp3d.config import ClipConfig
-from mp3d.data.batches import annotated_samples, picture_samples, read_clip
+from mp3d.data.batches import read_clip
+from mp3d.data.samples import annotated_samples, classified_samples
 from mp3d.data.shard import ShardSet, cache, cached, open_shards
 from mp3d.errors import ConfigError
 from mp3d.session import PlainSession
@@ -144,7 +145,7 @@ def test_pictures_are_not_cached(tmp_path: Path):
     shards = open_shards(picture_shards(tmp_path / "shards"))
     through = cached(shards, tmp_path / "cache", 1)
     planes = ClipConfig(num_slices=3, slice_spacing_mm=None, image_size=24)
-    for sample in picture_samples(shards, "val"):
+    for sample in classified_samples(shards, "val"):
         assert torch.equal(read_clip(through, sample, planes)[0].slices, read_clip(shards, sample, planes)[0].slices)
     assert files(tmp_path / "cache") == []
 
