@@ -232,7 +232,8 @@ def training_plan(config: TrainConfig) -> dict[str, Any]:
         "start from": config.init_from or "random weights",
         "model": f"{model.backbone} x{model.width:g}, norm {model.norm}, {model.head.kind} head"
         + (", anchors fitted to the shards" if model.head.kind == "detection" and model.head.anchors == "fit" else ""),
-        "clip": f"{clip.depth} slices, {clip.slice_spacing_mm or 'their own'} mm apart, {clip.image_size} px",
+        "clip": f"{clip.depth} slices, {clip.slice_spacing_mm or 'their own'} mm apart, {clip.image_size} px"
+        + (f" of {clip.pixel_spacing_mm or 'their own'} mm, block: {clip.block}" if clip.block else ""),
         "training": f"{loop.epochs} epochs of {loop.steps_per_epoch or 'all'} steps, "
         f"{loop.batch_size} x {loop.num_workers} clips a step",
         "optimiser": f"{optim.algorithm}, lr {optim.lr:g}, {optim.schedule}",

@@ -92,6 +92,8 @@ def test_every_option_exists(capsys: pytest.CaptureFixture[str]):
         (prepare.main, ["--help"]),
         *((prepare.main, ["--out", "out", reader, "--help"]) for reader in prepare.READERS),
         (finetune.main, ["synthetic_finetune", "--help"]),
+        (finetune.main, ["lidc_segmentation", "--help"]),
+        (pretrain.main, ["vdt_imagenet_r3d18", "--help"]),
         (sweep.main, ["synthetic_finetune", "--help"]),
         (evaluate.main, ["--help"]),
         (convert.main, ["--help"]),
