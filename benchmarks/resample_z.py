@@ -9,7 +9,6 @@ or made noise where it is absent. The truth is the interpolation in float64, unr
 """
 
 import os
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -20,6 +19,7 @@ import scipy.ndimage
 import SimpleITK as sitk
 import torch
 from jaxtyping import Float, Int16
+from machine import cpu_model
 
 from mp3d.data.clips import resample_z
 from mp3d.data.dicom import group_series, load_volume
@@ -80,13 +80,6 @@ def stack() -> tuple[Stack, str]:
     hu = hu[:NUM_SOURCE]
     padded = np.pad(hu, ((0, NUM_SOURCE - len(hu)), (0, 0), (0, 0)), mode="symmetric")
     return padded, f"{len(hu)} slices of LIDC-IDRI, mirrored at the end"
-
-
-def cpu_model() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
 
 
 def main() -> None:

@@ -32,14 +32,15 @@ from torchvision.models.detection import fasterrcnn_resnet50_fpn
 
 from mp3d.config import ClipConfig, DetectionHead, ModelConfig
 from mp3d.data.clips import series_grid
-from mp3d.device import autocast, resolve_precision
+from mp3d.device import autocast, pick_device, resolve_precision
 from mp3d.models import LesionDetector
 from mp3d.models.folded import NormKind
 from mp3d.models.stream import stream_pyramids
-from mp3d.predict import AT_ONCE, Predictor, SeriesMode
+from mp3d.predict import AT_ONCE, DETECTED_AT_ONCE, Predictor, SeriesMode
 from mp3d.sample import Clip
 
-CPU = torch.device("cpu")
+CPU = pick_device("cpu")
+MODES: tuple[SeriesMode, ...] = ("window", "slab", "stream")
 SAMPLE: dict[SeriesMode, int] = {"window": 4, "slab": 9}
 """Grid slices on which a mode is timed; a stream is timed on all."""
 PICTURES = 8
@@ -91,8 +92,7 @@ def backbone(model: LesionDetector, mode: SeriesMode, dtype: torch.dtype | None,
             elif mode == "slab":
                 neck(x, [range(4, 4 + keys)])
             else:
-                at_once = AT_ONCE["stream"]
-                for _ in stream_pyramids(neck, x.split(at_once, dim=2), at_once):
+                for _ in stream_pyramids(neck, x.split(AT_ONCE["stream"], dim=2), DETECTED_AT_ONCE):
                     pass
         return keys
 
@@ -130,7 +130,7 @@ def rows_of(size: int, num_slices: int, proposals: int) -> list[Row]:
     for part, make in (("backbone", backbone), ("detector", whole)):
         rows.append(Row("window, published norm (gn3d)", part, "fp32", make(published, "window", None, hu)))
         for precision, dtype in precisions.items():
-            for mode in ("window", "slab", "stream"):
+            for mode in MODES:
                 rows.append(Row(mode, part, precision, make(default, mode, dtype, hu)))
     for precision, dtype in precisions.items():
         rows.append(Row("torchvision 2D, 3 slices", "detector", precision, flat(size, proposals, dtype)))
@@ -180,7 +180,8 @@ def print_peaks(size: int, proposals: int, precision: str) -> None:
         f"\n| mode, {precision} | slices | peak of the process, MB | of it before the first slice (weights, volume) |"
     )
     print("| --- | --- | --- | --- |")
-    for mode, num_slices in (("window", 64), ("slab", 64), ("stream", 64), ("stream", 256)):
+    series: list[tuple[SeriesMode, int]] = [("window", 64), ("slab", 64), ("stream", 64), ("stream", 256)]
+    for mode, num_slices in series:
         options = [str(size), mode, str(num_slices), str(proposals), precision]
         done = subprocess.run(
             [sys.executable, __file__, "--one-peak", *options], capture_output=True, text=True, check=True

@@ -171,6 +171,8 @@ def located(config: TrainConfig) -> TrainConfig:
     changes = {"shards": absolute(config.shards), "launch.storage_path": absolute(config.launch.storage_path)}
     if config.init_from:
         changes["init_from"] = absolute(config.init_from)
+    if config.launch.cache_dir:
+        changes["launch.cache_dir"] = absolute(config.launch.cache_dir)
     return config.override(changes)
 
 

@@ -42,8 +42,12 @@ Model = Callable[[list[Clip]], list[Prediction]]
 SeriesMode = Literal["window", "slab", "stream"]
 
 AT_ONCE: dict[SeriesMode, int] = {"window": 4, "slab": 9, "stream": 16}
-"""Grid positions that are computed at a time. With fewer than 16 slices in a batch, PyTorch takes a slow path for the
-1 x 1 convolutions of float32 on one thread.
+"""Grid positions that go through the backbone at a time. With fewer than 16 slices in a batch, PyTorch takes another
+path for the 1 x 1 convolutions of float32 on one thread, on some processors a slow one.
+"""
+DETECTED_AT_ONCE = 4
+"""Grid positions of a stream whose boxes are sought at a time: more is no faster, and the features of a thousand
+proposals take 50 MB.
 """
 SLAB_KEY_SLICES = 9
 """Of a slab for a network that was trained on windows."""
@@ -211,7 +215,7 @@ class Predictor:
         radius = self.clip.num_slices // 2
         stop = len(grid.positions) + radius
         chunks = (self._slices(hu, grid, start, min(start + at_once, stop)) for start in range(-radius, stop, at_once))
-        return stream_predictions(self.model, chunks, at_once)
+        return stream_predictions(self.model, chunks, DETECTED_AT_ONCE)
 
     def _slices(
         self, hu: Int16[np.ndarray, "n h w"], grid: SeriesGrid, start: int, stop: int

@@ -33,7 +33,7 @@ from mp3d.data.batches import (
     training_loader,
 )
 from mp3d.data.samples import Sample, annotated_samples, classified_samples, masked_samples, tile_samples
-from mp3d.data.shard import ShardSet, open_shards
+from mp3d.data.shard import ShardSet, cached, open_shards
 from mp3d.device import autocast, resolve_precision
 from mp3d.errors import ConfigError, Mp3dError
 from mp3d.evaluation import predict_clips
@@ -88,7 +88,7 @@ def train(config: TrainConfig, session: Session) -> dict[str, float]:
         raise ConfigError(
             "model.head.anchors is 'fit'; have mp3d.fitting.fit_to_data put the fitted numbers there first"
         )
-    shards = open_shards(config.shards)
+    shards = cached(open_shards(config.shards), config.launch.cache_dir, config.launch.cache_gb)
     positives, spare = training_samples(config, shards)
     stream = Stream(positives, spare, negatives=config.loop.negatives, seed=config.loop.seed)
     masks = config.model.head.kind == "segmentation"

@@ -135,6 +135,24 @@ def test_a_slab_of_labelled_slices_trains():
     assert set(model([slab], [targets[0], nothing(), targets[2]])) == LOSSES
 
 
+def test_slabs_of_a_batch_may_differ_in_their_key_slices():
+    model = detector(num_slices=9)
+    slab, targets = blob(depth=17, keys=(4, 8, 12))
+    other, _ = blob(depth=17, keys=(7,))
+    losses = model([slab, other], [*targets, nothing()])
+    assert set(losses) == LOSSES
+    torch.stack(list(losses.values())).sum().backward()
+    with torch.no_grad():
+        model.eval()
+        together = model([slab, other])
+        alone = model([slab]) + model([other])
+    assert len(together) == 4
+    for one, same in zip(together, alone, strict=True):
+        torch.testing.assert_close(one["boxes"], same["boxes"], rtol=1e-4, atol=1e-3)
+    with pytest.raises(ValueError, match="3 targets for 4 key slices"):
+        model.train()([slab, other], targets)
+
+
 @pytest.mark.parametrize(
     ("box", "label", "message"),
     [

@@ -1,5 +1,9 @@
 """Which device and number format are chosen, whatever this machine is."""
 
+import platform
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -61,3 +65,24 @@ def test_autocast_computes_in_the_dtype():
         assert (x @ x).dtype is torch.bfloat16
     with autocast(CPU, None):
         assert (x @ x).dtype is torch.float32
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another allocator")
+def test_freed_memory_is_kept_for_the_next_tensor():
+    """Page faults of ten tensors of 64 MB, after the first ten, in a thread of a process of its own."""
+    code = """
+import resource, threading, torch
+from mp3d.device import pick_device
+pick_device("cpu")
+faults = []
+def work():
+    for _ in range(21):
+        torch.zeros(2**24)
+        faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+thread = threading.Thread(target=work)
+thread.start()
+thread.join()
+print(faults[-1] - faults[10])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 1000, "each tensor has 16384 pages"

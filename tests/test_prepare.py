@@ -4,6 +4,7 @@ import errno
 import fcntl
 import json
 import resource
+import signal
 import stat
 from dataclasses import replace
 from functools import partial
@@ -12,10 +13,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from mp3d.data.part import Part, finished, prepare_part, run_here
 from mp3d.data.prepare import PrepareResult, prepare
 from mp3d.data.reasons import REASONS
 from mp3d.data.series import CTSeries, Picture, Truth
-from mp3d.data.shard import MANIFEST, decode_image, open_shards
+from mp3d.data.shard import MANIFEST, Origin, decode_image, hashed_id, open_shards
 from mp3d.data.source import Item, PictureBatch, Source
 from mp3d.errors import ConfigError, DataError, Refusal, ResourceError
 from tests.tiny import blob_series
@@ -42,6 +44,21 @@ def refuse() -> CTSeries:
 
 def fail(secret: str) -> CTSeries:
     raise KeyError(secret)
+
+
+def give_up(error: BaseException) -> CTSeries:
+    raise error
+
+
+def ray_signal() -> SystemExit:
+    """What Ray raises where a worker is told to end."""
+    error = SystemExit(1)
+    error.ray_terminate_msg = b"The process receives a SIGTERM."  # type: ignore[attr-defined]
+    return error
+
+
+class Panic(BaseException):
+    """As the extensions of some libraries raise it."""
 
 
 def with_bad_box() -> CTSeries:
@@ -100,6 +117,63 @@ def test_what_cannot_be_used_is_refused_by_name_outside_the_shards(tmp_path):
     assert not (tmp_path / "out" / "part-00000.parquet").exists()
 
 
+def test_a_reader_that_ends_the_program_is_a_failed_reader(tmp_path):
+    errors = (SystemExit(), SystemExit(2), Panic(), MemoryError())
+    bad = tuple(Item(f"Smith/{i}", "Smith", None, partial(give_up, error)) for i, error in enumerate(errors))
+    source = make_source()
+    result = run(replace(source, items=(*bad, *source.items)), tmp_path / "out")
+    assert [reject.detail.split()[0] for _, reject in result.rejects] == ["SystemExit"] * 2 + ["Panic", "MemoryError"]
+    assert {reject.reason for _, reject in result.rejects} == {"READER_FAILED"}
+    assert len(open_shards(tmp_path / "out").entries) == 6
+
+
+def mortal(flag: Path, times: int, index: int) -> CTSeries:
+    """Ends its process so many times."""
+    deaths = int(flag.read_text()) if flag.exists() else 0
+    if deaths < times:
+        flag.write_text(str(deaths + 1))
+        raise KeyboardInterrupt  # in this process nothing else gets past the reader's boundary
+    return blob_series(index)
+
+
+def test_an_item_that_ends_its_process_again_and_again_is_refused_by_name(tmp_path):
+    times = (0, 99, 2, 99, 3)
+    items = tuple(Item(str(i), str(i), None, partial(mortal, tmp_path / str(i), n, i)) for i, n in enumerate(times))
+    out = tmp_path / "out"
+    out.mkdir()
+    part = Part(0, items, ("train",) * 5, out, Origin("d", "r/1", KEY))
+    deaths = 0
+    while finished(part) is None:
+        try:
+            assert prepare_part(part, repeated=True) == (22, 3)
+        except KeyboardInterrupt:
+            deaths += 1
+            (out / ".part-00000.parquet.1234.aside").write_bytes(b"half a part")
+    assert deaths == 3 + 2 + 3 + 3
+    report = finished(part)
+    assert report is not None
+    assert [(reject.source, reject.reason) for reject in report.rejects] == [
+        (hashed_id(key, KEY), "READER_CRASHED") for key in ("1", "3", "4")
+    ]
+    assert list(content(out)) == ["part-00000.json", "part-00000.parquet"]
+    # who is not repeated is not refused either: killed by the user, it goes on
+    with pytest.raises(KeyboardInterrupt):
+        prepare_part(part)
+
+
+@pytest.mark.parametrize("lost", ["a part", "a row"])
+def test_rows_that_the_runner_loses_are_found(tmp_path, monkeypatch, lost):
+    def losing(parts):
+        for number, (rows, rejects) in enumerate(run_here(parts)):
+            if number != 3 or lost == "a row":
+                yield rows - (number == 3), rejects
+
+    monkeypatch.setattr("mp3d.data.prepare.run_here", losing)
+    with pytest.raises(DataError, match=r"tasks told of \d parts with \d+ rows, 6 with 66 stand on the disk"):
+        run(make_source(6), tmp_path / "out")
+    assert not (tmp_path / "out" / MANIFEST).exists()
+
+
 def test_one_broken_picture_loses_no_other(tmp_path):
     good = tuple(Picture(f"{i}.jpg", b"jpeg", 4, 4, image_label=0) for i in range(3))
     batch = PictureBatch(good, (("broken.jpg", Refusal("BAD_IMAGE", "no JPEG; copy it again")),))
@@ -109,13 +183,11 @@ def test_one_broken_picture_loses_no_other(tmp_path):
     assert result.counts["train"] == {"patients": 3, "series": 3, "rows": 3, "boxes": 0}
 
 
-def test_stop_signals_are_no_rejects(tmp_path):
-    def interrupt() -> CTSeries:
-        raise KeyboardInterrupt
-
+@pytest.mark.parametrize("stop", [KeyboardInterrupt(), SystemExit(signal.SIGTERM), ray_signal()])
+def test_stop_signals_are_no_rejects(tmp_path, stop):
     source = make_source(2)
-    with pytest.raises(KeyboardInterrupt):
-        run(replace(source, items=(*source.items, Item("x", "x", None, interrupt))), tmp_path / "out")
+    with pytest.raises(type(stop)):
+        run(replace(source, items=(*source.items, Item("x", "x", None, partial(give_up, stop)))), tmp_path / "out")
     assert not (tmp_path / "out" / MANIFEST).exists()
     assert not [name for name in content(tmp_path / "out") if name.startswith(".")]
 

@@ -14,6 +14,7 @@ from mp3d.data.series import CTSeries
 from mp3d.data.source import Item, Source
 from mp3d.errors import ResourceError
 from tests.test_pictures import jpeg, write
+from tests.tiny import blob_series
 
 KEY = b"k" * 32
 
@@ -68,3 +69,41 @@ def test_full_disk_of_a_task_arrives_as_our_error(tmp_path):
     with pytest.raises(ResourceError, match=r"no room is left.*\(.*No space left on device\)"):
         prepare(source, tmp_path / "out", id_key=KEY, runner="ray")
     assert not (tmp_path / "out" / "manifest.json").exists()
+
+
+def end_the_process(flag: Path | None) -> CTSeries:
+    """Always, or only the first time."""
+    if flag is None or not flag.exists():
+        if flag is not None:
+            flag.touch()
+        os._exit(3)
+    return blob_series(7)
+
+
+def give_up(error: BaseException) -> CTSeries:
+    raise error
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_cluster")
+def test_no_reader_stops_the_others_whatever_it_does(tmp_path):
+    good = tuple(Item(f"good {i}", f"good {i}", "train", partial(blob_series, i)) for i in range(6))
+    bad = (
+        Item("always", "always", "train", partial(end_the_process, None)),
+        Item("once", "once", "train", partial(end_the_process, tmp_path / "flag")),
+        Item("exit", "exit", "train", partial(give_up, SystemExit(1))),
+        Item("memory", "memory", "train", partial(give_up, MemoryError())),
+    )
+    source = Source("blobs", "tiny/1", ("lesion",), (*good[:3], *bad, *good[3:]))
+    result = prepare(source, tmp_path / "out", id_key=KEY, runner="ray", items_per_part=4)
+    assert [(key, reject.reason) for key, reject in result.rejects] == [
+        ("always", "READER_CRASHED"),
+        ("exit", "READER_FAILED"),
+        ("memory", "READER_FAILED"),
+    ]
+    assert result.counts["train"]["series"] == 7
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "manifest.json",
+        *(f"part-0000{i}.{kind}" for i in range(3) for kind in ("json", "parquet")),
+        "plan.json",
+    ]

@@ -37,11 +37,11 @@ def test_pretraining_reads_three_planes_in_random_order(recipe: Recipe):
 
 
 @pytest.mark.parametrize("recipe", DETECTORS, ids=lambda recipe: recipe.__name__)
-def test_detectors_train_on_slabs_but_the_published_one(recipe: Recipe):
+def test_large_detectors_train_on_slabs_but_the_published_one(recipe: Recipe):
     config = recipe()
     if recipe.__name__.endswith("_paper"):
         assert (config.clip.num_key_slices, config.clip.depth, config.model.norm) == (1, 9, "gn3d")
-    elif not config.model.keeps_z:
+    elif not config.model.keeps_z or recipe.__name__.startswith(("synthetic_", "small_")):
         assert config.clip.num_key_slices == 1
     else:
         assert (config.clip.num_key_slices, config.clip.depth, config.model.norm) == (9, 17, "slice_gn")

@@ -197,8 +197,8 @@ class TestBroken:
         self.refused("PIXEL_LENGTH", Rows=13)
 
     def test_types(self):
-        self.refused("BAD_SEGMENTATION", "LABELMAP with 1 bits", SegmentationType="LABELMAP")
-        self.refused("BAD_SEGMENTATION", "BINARY with 8 bits", BitsAllocated=8)
+        self.refused("BAD_SEGMENTATION", "another Segmentation Type", SegmentationType="LABELMAP")
+        self.refused("BAD_SEGMENTATION", "8 Bits Allocated", BitsAllocated=8)
 
     def test_frames_without_groups(self):
         self.refused("BAD_SEGMENTATION", "3 frames .*groups .*for 4", NumberOfFrames=3)

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
@@ -16,6 +17,7 @@ from mp3d.data.series import CTSeries, Picture, Truth, Volume
 from mp3d.data.shard import (
     FORMAT_VERSION,
     MANIFEST,
+    SCHEMA,
     Origin,
     PartWriter,
     Row,
@@ -33,6 +35,7 @@ from mp3d.data.shard import (
     write_aside,
     write_manifest,
 )
+from mp3d.data.shard import manifest as manifest_module
 from mp3d.data.shard import part_file as part_file_module
 from mp3d.errors import DataError
 
@@ -169,7 +172,7 @@ def test_row_groups_hold_one_series_and_nine_slices_touch_two(tmp_path, monkeypa
 def test_slices_of_512_share_a_row_group_of_a_few_megabytes(tmp_path):
     hu = np.zeros((30, 512, 512), np.int16)
     shards = write_set(tmp_path, CTSeries("p", "st", "s", Volume(hu, AFFINE), (Truth(),) * 30))
-    assert shards.entries[0].rows_per_group == 12
+    assert shards.entries[0].rows_per_group == 8
 
 
 def test_same_rows_same_bytes(tmp_path):
@@ -207,6 +210,40 @@ def test_other_readers_of_parquet_find_an_altered_row(tmp_path):
     assert not row_is_intact(rows[0] | {"boxes": [1, 2, 3, 5]})
     assert not row_is_intact(rows[1] | {"boxes": []})
     assert not row_is_intact(rows[2] | {"image": bytes(len(rows[2]["image"]))})
+
+
+def test_other_readers_of_parquet_find_a_flipped_bit_by_its_page(tmp_path):
+    write_set(tmp_path, make_series("a", 9))
+    path = tmp_path / "part-00000.parquet"
+    good = path.read_bytes()
+    group = pq.read_metadata(path).row_group(0)
+    (image,) = (group.column(i) for i in range(group.num_columns) if group.column(i).path_in_schema == "image")
+    middle = image.data_page_offset + image.total_compressed_size // 2
+    assert pq.read_table(path, page_checksum_verification=True).num_rows == 9
+    path.write_bytes(good[:middle] + bytes([good[middle] ^ 1]) + good[middle + 1 :])
+    with pytest.raises(OSError, match="CRC checksum"):
+        pq.read_table(path, page_checksum_verification=True)
+
+
+def test_a_row_that_memory_or_decoder_altered_is_named(tmp_path, monkeypatch):
+    shards = write_set(tmp_path, make_series("a", 9))
+    read_row_group = manifest_module.read_row_group
+
+    def altered(*place):
+        rows = read_row_group(*place).to_pylist()
+        rows[6]["image"] = bytes([rows[6]["image"][0] ^ 4]) + rows[6]["image"][1:]
+        return pa.Table.from_pylist(rows, SCHEMA)
+
+    monkeypatch.setattr(manifest_module, "read_row_group", altered)
+    assert len(shards.read_rows(shards.entries[0], 0, 6)) == 6
+    with pytest.raises(DataError, match=f"part-00000.parquet: row 6 of series {shards.entries[0].series} is not"):
+        shards.read_rows(shards.entries[0], 2, 8)
+
+
+def test_fewer_rows_than_the_index_says_are_no_series(tmp_path):
+    shards = write_set(tmp_path, make_series("a", 7))
+    with pytest.raises(DataError, match="rows of a series are missing"):
+        shards.read_rows(replace(shards.entries[0], num_rows=8), 0, 8)
 
 
 def test_missing_cut_or_exchanged_part_is_found(tmp_path):

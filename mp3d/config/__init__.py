@@ -148,6 +148,10 @@ class LaunchConfig(Config):
     cpus_per_worker: PositiveFloat = 1.0
     loader_workers: NonNegativeInt = 0
     """Processes that read and decode clips beside each training process."""
+    cache_dir: str | None = None
+    """Folder on each node's own disk, where CT series are kept decoded once they were read; None: no cache."""
+    cache_gb: PositiveFloat = 100.0
+    """Most that the cache may hold; a series of 300 slices of 512 x 512 takes 0.16."""
     keep_checkpoints: PositiveInt = 2
     """Best checkpoints kept; the latest is always kept."""
     max_failures: NonNegativeInt = 2
@@ -233,8 +237,8 @@ class ServeConfig(Config):
     gpus_per_replica: NonNegativeFloat = 0.0
     max_upload_mb: PositiveInt = 1024
     """Largest request body."""
-    max_unpacked_mb: PositiveInt = 4096
-    """Largest sum of the files in the zip."""
+    max_unpacked_mb: PositiveInt = 2048
+    """Largest sum of the files in the zip, and of the volume that they decode to."""
     max_slices: PositiveInt = 2000
     """Most files in the zip."""
     tilt: Literal["refuse", "shear"] = "refuse"

@@ -38,7 +38,7 @@ class ClipConfig(Config):
     air.
     """
     square_pictures: bool = False
-    """Colour pictures are cut square, as ImageNet is: in training by ``augment.crop_scale``; in evaluation the middle
+    """Colour pictures are cut square, as ImageNet's: in training by ``augment.crop_scale``; in evaluation the middle
     of ``image_size``, of a shorter side of 8/7 of it (224 of 256). Else they stay whole.
     """
     pixel_spacing_mm: PositiveFloat | None = None

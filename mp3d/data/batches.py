@@ -134,8 +134,7 @@ def read_clip(
         return Clip(planes, (len(planes) // 2,)), [_target(key)], _info(key, entry)
     positions = window_positions(sample.row, entry.num_rows, entry.spacing_mm[0], clip, place)
     first, last = int(np.floor(positions.min())), int(np.ceil(positions.max()))
-    rows = shards.read_rows(entry, first, last + 1)
-    stack = np.stack([decode_image(row) for row in rows])
+    rows, stack = shards.read_slices(entry, first, last + 1)
     key_rows = {clip.depth // 2: sample.row} if place is None else _key_rows(entry, positions, clip, place)
     made = Clip(torch.from_numpy(resample_z(stack, positions - first)), tuple(sorted(key_rows)))
     targets = [_target(rows[key_rows[index] - first]) for index in made.key_slices]

@@ -35,13 +35,15 @@ SHARED_BYTES = 64 * 2**20
 """Of the memory in which a worker leaves an array; pages never touched cost nothing."""
 MAX_ANSWER_BYTES = 64 * 2**20
 """Of the JSON: the headers of a few thousand frames are far smaller."""
+START_S = 60.0
+"""A worker is at work within a second, on a machine that is not overloaded."""
 LIMIT_SIGNALS = (signal.SIGXCPU, signal.SIGKILL)
 """A worker that ends by one of these met the limit of processor time, or the machine had no memory left."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What one file may cost.
+    """What one task on one file may cost: its header, its pixels, or one frame of many.
 
     Attributes:
         memory_bytes: address space of the worker, 0.3 GB of which are Python and its libraries.
@@ -50,7 +52,7 @@ class Limits:
     """
 
     memory_bytes: int = 2**30
-    cpu_s: int = 3
+    cpu_s: int = 2
     wall_s: float = 15.0
 
 
@@ -189,6 +191,11 @@ class _Worker:
         self._shared = np.frombuffer(mmap.mmap(memory, SHARED_BYTES, access=mmap.ACCESS_READ), np.uint8)
         os.close(memory)
         self._ended = False
+        try:
+            receive(self._socket, monotonic() + START_S)
+        except (OSError, EOFError) as error:  # no fault of any file
+            self.end()
+            raise RuntimeError(f"{module} did not start; run it by hand to see why") from error
 
     @property
     def alive(self) -> bool:

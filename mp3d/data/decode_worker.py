@@ -48,6 +48,7 @@ def main(argv: list[str], tasks: dict[str, Task] = TASKS) -> None:
     _limit(resource.RLIMIT_AS, limits.memory_bytes)
     _limit(resource.RLIMIT_FSIZE, 0)
     _limit(resource.RLIMIT_CORE, 0)
+    send(channel, b"ready")
     while True:
         try:
             task, path, num_bytes, arguments = json.loads(receive(channel))

@@ -21,7 +21,7 @@ DIRECTION_TOLERANCE = 1e-3
 UNIT_TOLERANCE = 0.01
 """Cosines further from orthonormal than this are no rounding."""
 MAX_POSITION_MM = 1e5
-MAX_PIXEL_SPACING_MM = 10.0
+MIN_SPACING_MM, MAX_PIXEL_SPACING_MM = 0.01, 10.0
 MAX_SLICE_SPACING_MM = 50.0
 WHOLE_ROW_TOLERANCE = 1e-4
 """A row offset that is whole but for the decimals of the positions loses no row to interpolation."""
@@ -36,25 +36,25 @@ MIN_SLICES = 3
 
 
 def check_pixel_spacing(spacing_yx_mm: Sequence[float], label: str) -> None:
-    """Refuse an in-plane spacing that is not finite, not positive or above 10 mm.
+    """Refuse an in-plane spacing that is not finite, below 0.01 mm or above 10 mm.
 
     Raises:
         Refusal: ``BAD_SPACING``.
     """
-    if not all(np.isfinite(value) and 0 < value <= MAX_PIXEL_SPACING_MM for value in spacing_yx_mm):
+    if not all(MIN_SPACING_MM <= value <= MAX_PIXEL_SPACING_MM for value in spacing_yx_mm):  # also NaN
         shown = " x ".join(f"{value:g}" for value in spacing_yx_mm)
-        rule = f"above 0 and at most {MAX_PIXEL_SPACING_MM:g} mm"
+        rule = f"{MIN_SPACING_MM:g} to {MAX_PIXEL_SPACING_MM:g} mm"
         raise Refusal("BAD_SPACING", f"{label}: the pixel spacing is {shown} mm; it must be {rule}; export it again")
 
 
 def check_slice_spacing(spacing_mm: float) -> None:
-    """Refuse a distance between slices that is not finite, not positive or above 50 mm.
+    """Refuse a distance between slices that is not finite, below 0.01 mm or above 50 mm.
 
     Raises:
         Refusal: ``BAD_SPACING``.
     """
-    if not (np.isfinite(spacing_mm) and 0 < spacing_mm <= MAX_SLICE_SPACING_MM):
-        rule = f"above 0 and at most {MAX_SLICE_SPACING_MM:g} mm"
+    if not MIN_SPACING_MM <= spacing_mm <= MAX_SLICE_SPACING_MM:  # also NaN
+        rule = f"{MIN_SPACING_MM:g} to {MAX_SLICE_SPACING_MM:g} mm"
         raise Refusal("BAD_SPACING", f"the slices are {spacing_mm:g} mm apart; it must be {rule}; export them again")
 
 

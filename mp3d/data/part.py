@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import pickle
+import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -32,6 +33,9 @@ from mp3d.errors import DataError, Refusal
 
 Refused = Sequence[tuple[str, Refusal]]
 
+MAX_TRIES = 3
+"""How often a task is repeated whose process ended on the same item."""
+
 
 @dataclass(frozen=True)
 class Part:
@@ -51,6 +55,11 @@ class Part:
     def parquet(self) -> Path:
         return self.sidecar.with_suffix(".parquet")
 
+    @property
+    def tries(self) -> Path:
+        """Where a task notes what it reads, for the task that repeats it; left behind, it goes as any file aside."""
+        return self.folder / f".part-{self.index:05d}.tries.aside"
+
 
 @dataclass(frozen=True)
 class PartReport:
@@ -66,16 +75,28 @@ class PartReport:
         return sum(entry.num_rows for entry in self.entries)
 
 
-def prepare_part(part: Part) -> tuple[int, int]:
-    """Write the Parquet file, then the sidecar; returns the number of rows and of rejects."""
+def prepare_part(part: Part, *, repeated: bool = False) -> tuple[int, int]:
+    """Write the Parquet file, then the sidecar; returns the number of rows and of rejects.
+
+    Args:
+        repeated: whoever runs this repeats it when its process ends; an item that ends it ``MAX_TRIES`` times is
+            refused.
+    """
     part.sidecar.unlink(missing_ok=True)
+    if part.tries.exists():
+        _remove_left_over(part)
     rejects: list[Reject] = []
     with PartWriter(part.parquet) as writer:
-        for item, split in zip(part.items, part.splits, strict=True):
-            rows, warnings, refused = _load_rows(item, split, part.origin)
+        for place, (item, split) in enumerate(zip(part.items, part.splits, strict=True)):
+            if repeated and not _may_try(part, place):
+                detail = f"reading it ended its process {MAX_TRIES} times: a crash, or too little memory"
+                rows, warnings, refused = [], (), [(item.key, Refusal("READER_CRASHED", detail))]
+            else:
+                rows, warnings, refused = _load_rows(item, split, part.origin)
             rejects += (Reject(hashed_id(key, part.origin.id_key), it.reason, it.detail) for key, it in refused)
             if rows:
                 writer.append(rows, warnings)
+            del rows  # the next volume need not lie beside this one
     if writer.file is None:
         part.parquet.unlink(missing_ok=True)
     content = {
@@ -84,7 +105,28 @@ def prepare_part(part: Part) -> tuple[int, int]:
         "rejects": [asdict(reject) for reject in rejects],
     }
     write_aside(part.sidecar, json_text(content))
+    part.tries.unlink(missing_ok=True)
     return sum(entry.num_rows for entry in writer.entries), len(rejects)
+
+
+def _remove_left_over(part: Part) -> None:
+    """What a process that ended had begun to write."""
+    for left_over in part.folder.glob(f".{part.sidecar.stem}.*.aside"):
+        if left_over != part.tries:
+            left_over.unlink(missing_ok=True)
+
+
+def _may_try(part: Part, place: int) -> bool:
+    """Note that the item at this place is read now; False where that was the end of too many processes."""
+    try:
+        tries = {int(at): int(count) for at, count in json.loads(part.tries.read_bytes()).items()}
+    except (OSError, ValueError, AttributeError):
+        tries = {}
+    # those before this place were read this time, but for the ones that are not tried any more
+    tries = {at: count for at, count in tries.items() if at >= place or count > MAX_TRIES}
+    tries[place] = min(tries.get(place, 0), MAX_TRIES) + 1
+    part.tries.write_text(json.dumps(tries))
+    return tries[place] <= MAX_TRIES
 
 
 def finished(part: Part) -> PartReport | None:
@@ -109,7 +151,7 @@ def run_here(parts: Sequence[Part]) -> Iterator[tuple[int, int]]:
 
 
 def run_on_ray(parts: Sequence[Part]) -> Iterator[tuple[int, int]]:
-    """The same as Ray Data tasks, one CPU each; Ray, already initialised, repeats the parts of lost workers."""
+    """The same as Ray Data tasks, one CPU each; Ray, already initialised, repeats those whose process ends."""
     if not parts:
         return
     import ray.data
@@ -137,7 +179,7 @@ def quiet_ray_data() -> None:
 def _prepare_pickled(row: dict[str, Any]) -> dict[str, Any]:
     """Rows, rejects, and the ``errno`` of a full disk, else 0: Ray would wrap the error, and print where it was."""
     try:
-        rows, rejects = prepare_part(pickle.loads(row["part"]))
+        rows, rejects = prepare_part(pickle.loads(row["part"]), repeated=True)
     except OSError as error:
         if not is_disk_full(error):
             raise
@@ -154,11 +196,18 @@ def _load_rows(item: Item, split: str, origin: Origin) -> tuple[list[Row], Seque
         return picture_rows(loaded.pictures, split, origin), loaded.warnings, loaded.refused
     except Refusal as refusal:
         return [], (), [(item.key, refusal)]
-    except Exception as error:
-        if is_disk_full(error):
+    except (KeyboardInterrupt, GeneratorExit):
+        raise
+    except BaseException as error:  # a reader may call sys.exit, and the panics of some libraries are no Exception
+        if is_disk_full(error) or _stops_the_run(error):
             raise
         # A reader, perhaps not ours, on strangers' files: one series must not stop the thousands after it. Its message
         # is not kept, for it may name the patient; the place in the code is enough to find the defect.
         place = extract_tb(error.__traceback__)[-1]
         detail = f"{type(error).__name__} in {place.name} ({Path(place.filename).name} line {place.lineno})"
         return [], (), [(item.key, Refusal("READER_FAILED", detail))]
+
+
+def _stops_the_run(error: BaseException) -> bool:
+    """Ray turns the signal that ends a process into SystemExit, wherever the process is; no item is to blame."""
+    return isinstance(error, SystemExit) and (hasattr(error, "ray_terminate_msg") or error.code == signal.SIGTERM)

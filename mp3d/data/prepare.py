@@ -193,6 +193,10 @@ def _run(
         if report is None:
             raise DataError(f"{part.parquet} is not as it was just written; do all nodes mount the folder?")
         reports[part.index] = report
+    standing = sum(report.rows for report in reports.values())
+    if (done, rows) != (len(reports), standing):  # Ray Data is known to lose rows in silence
+        told = f"tasks told of {done} parts with {rows} rows, {len(reports)} with {standing} stand on the disk"
+        raise DataError(f"{told}; prepare into a new folder, and report this")
 
 
 def _name(rejects: Sequence[Reject], source: Source, id_key: bytes) -> list[tuple[str, Reject]]:

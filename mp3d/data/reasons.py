@@ -31,6 +31,7 @@ REASONS: dict[str, str] = {
     "BAD_SPACING": "A spacing is not finite, not positive or absurd. Check the export or the image's header.",
     "LOCALIZER_ONLY": "Only localizer (scout) images. Choose the axial series.",
     "PROJECTION_ONLY": "Only projections, captures or dose sheets. Choose the axial series.",
+    "MIXED_SERIES": "One Series Instance UID over several patients, studies or frames of reference. Tell them apart.",
     "MIXED_ORIENTATION": "Slices of several orientations in one series. Export each stack as a series of its own.",
     "MIXED_SIZE": "Slices of several sizes in one series. Export each stack as a series of its own.",
     "MIXED_SPACING": "Slices of several pixel spacings in one series. Export each stack as a series of its own.",
@@ -57,6 +58,7 @@ REASONS: dict[str, str] = {
     "BOX_OFF_SLICE": "A row of the table of boxes names no slice of its series. Mend the line that the detail names.",
     # the program
     "READER_FAILED": "A defect of the reader, not of the data. Report it with its text.",
+    "READER_CRASHED": "Reading ended its process again and again. Leave it out, or give more memory and retry rejects.",
 }
 """Why a file or series is not used, and what to do."""
 
@@ -65,6 +67,7 @@ WARNINGS: dict[str, str] = {
     "PROJECTION_DROPPED": "Projections, captures or dose sheets inside the series were left out.",
     "DUPLICATE_DROPPED": "Slices that were stored twice with the same pixels were used once.",
     "BROKEN_FILE_DROPPED": "Broken files of this series were refused; the rest is a regular stack.",
+    "MIXED_RECONSTRUCTION": "The slices of this stack were reconstructed with several kernels.",
     "SPLIT_BY_ACQUISITION": "One series with several acquisitions of the same range was read as several.",
     "SPLIT_BY_SPACING": "One series with stacks of several spacings was read as several.",
     "TILT_CORRECTED": "The rows of a stack sheared by a tilted gantry were shifted back; rows were added, of air.",

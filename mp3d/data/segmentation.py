@@ -77,7 +77,7 @@ def read_segmentation(header: Header, segment: str = LESION_ROI) -> Segmentation
     if header.cut or header.pixels is None:
         raise Refusal("BAD_SEGMENTATION", "the segmentation ends before its last pixel; copy or export it again")
     if header.pixels.length is None or header.transfer_syntax == uid.ExplicitVRBigEndian:
-        detail = f"the pixels of the segmentation have transfer syntax {header.transfer_syntax}"
+        detail = "the pixels of the segmentation are compressed or big endian (0002,0010)"
         raise Refusal("UNSUPPORTED_TRANSFER_SYNTAX", f"{detail}; export it uncompressed, little endian")
     body = open_body(header.source)
     with body.file, warnings.catch_warnings():
@@ -239,7 +239,7 @@ def _frame_reader(dataset: Dataset, header: Header, body: Body) -> Callable[[int
     """Reads the frame of a number, counted from 0, out of Pixel Data: a bit or a byte for each pixel."""
     kind, size = dataset.SegmentationType, header.rows * header.columns
     if (kind, header.bits_allocated) not in (("BINARY", 1), ("FRACTIONAL", 8)):
-        detail = f"Segmentation Type (0062,0001) {kind} with {header.bits_allocated} bits a pixel"
+        detail = f"another Segmentation Type (0062,0001), or {header.bits_allocated} Bits Allocated (0028,0100)"
         raise Refusal("BAD_SEGMENTATION", f"{detail}; read are BINARY with 1 and FRACTIONAL with 8")
     offset, length = header.pixels or (0, 0)
     wanted = -(-header.number_of_frames * size * header.bits_allocated // 8)

@@ -166,7 +166,7 @@ class Conv(nn.Module):
 
 
 class GroupNorm(nn.GroupNorm):
-    """Group norm with float32 statistics that hands on the precision it was given; a GPU's autocast would not."""
+    """Group norm that hands on the precision it was given; under autocast, a GPU's would hand on float32."""
 
     def forward(self, input: Tensor) -> Tensor:
         return super().forward(input).to(input.dtype)

@@ -2,7 +2,7 @@
 line.
 
 Recipes named ``..._paper`` keep the published choices: windows of nine slices, 3D group norm, the authors' anchors and
-schedule. The other detectors train on slabs with group norm per slice, so that a whole series can be inferred at once.
+schedule. The other large detectors train on slabs with group norm per slice, so that a series can be inferred at once.
 Figures of the papers are called that; nothing else is claimed.
 """
 
@@ -104,7 +104,7 @@ def synthetic_finetune() -> TrainConfig:
     return TrainConfig(
         name="synthetic_finetune",
         shards=f"{SYNTHETIC_WORLD}/ct",
-        clip=ClipConfig(num_key_slices=9, image_size=128),
+        clip=ClipConfig(image_size=128),
         augment=AugmentConfig(image_sizes=()),
         model=ModelConfig(backbone="mp3d18ba", width=0.25, head=SMALL_HEAD),
         optim=OptimConfig(

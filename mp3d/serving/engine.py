@@ -119,7 +119,7 @@ def read_series(body: bytes, config: ServeConfig, pool: Pool | None = None) -> R
         listing = group_series(files, config.geometry, pool)
         series = the_series(listing, len(files))
         try:
-            volume, stored, codes = load_volume(series, config.geometry, pool)
+            volume, stored, codes = load_volume(series, config.geometry, pool, config.max_unpacked_mb * MB)
         except Refusal as refusal:
             raise Rejected(refusal.reason, refusal.detail) from refusal
     if listing.refused or listing.objects:

@@ -2,6 +2,7 @@
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
+from functools import lru_cache
 
 import numpy as np
 
@@ -12,10 +13,15 @@ from mp3d.errors import Refusal
 
 def slice_normal(header: Header) -> tuple[float, ...]:
     """The slice normal, rounded; empty where the orientation is missing or broken (refused later, by name)."""
-    if not header.image_orientation_patient:
+    return _normal(header.image_orientation_patient)
+
+
+@lru_cache(maxsize=64)
+def _normal(orientation: tuple[float, ...]) -> tuple[float, ...]:
+    if not orientation:
         return ()
     try:
-        directions = direction_cosines(header.image_orientation_patient, header.label)
+        directions = direction_cosines(orientation, "")
     except Refusal:
         return ()
     return tuple((np.round(directions[:, 2], 2) + 0.0).tolist())

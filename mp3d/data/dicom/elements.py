@@ -254,6 +254,10 @@ class Values:
         text = self.text(keyword).split("\\")[0].strip()
         return self._number(keyword, text) if text else None
 
+    def single(self, keyword: str) -> float | None:
+        """The only value of a decimal string; with several none can be chosen."""
+        return next(iter(self.numbers(keyword, 1)), None)
+
     def integer(self, keyword: str) -> int | None:
         """An integer string; some writers put decimals there."""
         value = self.number(keyword)

@@ -23,6 +23,8 @@ from mp3d.data.dicom.pixels import NATIVE, check_pixel_format
 from mp3d.errors import Refusal
 
 MAX_FRAMES = 4096
+MAX_FILE_BYTES = 900 * 2**20
+"""Of the decoded frames of one file: 1,800 of 512 x 512. What a hundred kilobytes claim can be far more."""
 SHARED, PER_FRAME = "SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence"
 CONVERTED = ("UnassignedPerFrameConvertedAttributesSequence", "UnassignedSharedConvertedAttributesSequence")
 """Where a legacy-converted image keeps elements of the original files that have no functional group."""
@@ -55,6 +57,9 @@ def frame_headers(header: Header) -> list[Header]:
         raise Refusal("MULTIFRAME_UNSUPPORTED", detail)
     if not 1 <= count <= MAX_FRAMES:
         raise Refusal("TOO_LARGE", f"{header.label} has {count} frames (0028,0008), at most {MAX_FRAMES} are read")
+    if (decoded := count * header.rows * header.columns * 2) > MAX_FILE_BYTES:
+        detail = f"{count} frames of {header.rows} x {header.columns} pixels are {decoded >> 20} MiB"
+        raise Refusal("TOO_LARGE", f"{header.label}: {detail}, at most {MAX_FILE_BYTES >> 20} are read; split the file")
     shared, groups = _functional_groups(header)
     if len(groups) != count:
         raise Refusal(

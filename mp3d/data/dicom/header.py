@@ -33,6 +33,8 @@ class Header:
 
     name: str
     source: Path | bytes
+    size: int
+    """Bytes of the (inflated) file."""
     transfer_syntax: str
     little_endian: bool
     sop_class_uid: str
@@ -101,6 +103,7 @@ def read_header(source: Path | bytes, name: str = "") -> Header:
     return Header(
         name=name,
         source=source,
+        size=body.size,
         transfer_syntax=body.transfer_syntax,
         little_endian=body.little_endian,
         sop_class_uid=values.text("SOPClassUID") or meta.text("MediaStorageSOPClassUID"),
@@ -127,8 +130,8 @@ def read_header(source: Path | bytes, name: str = "") -> Header:
         bits_stored=values.unsigned("BitsStored") or 0,
         high_bit=values.unsigned("HighBit") or 0,
         pixel_representation=values.unsigned("PixelRepresentation"),
-        rescale_slope=values.number("RescaleSlope"),
-        rescale_intercept=values.number("RescaleIntercept"),
+        rescale_slope=values.single("RescaleSlope"),
+        rescale_intercept=values.single("RescaleIntercept"),
         rescale_type=values.text("RescaleType").upper(),
         pixels=pixels,
         cut=cut,

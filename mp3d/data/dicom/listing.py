@@ -20,13 +20,17 @@ from mp3d.errors import Refusal
 
 LOCALIZER_ANGLE_DEG = 45.0
 """An image that stands further off the main stack than this is a localizer, whatever its Image Type."""
+LOCALIZERS = frozenset({"LOCALIZER", "LOCALISER", "SCOUT", "TOPOGRAM", "SCANOGRAM"})
+"""Values of Image Type of localizers."""
 MAX_LOCALIZERS = 6
 """More images than this in another orientation are no localizers but a second stack."""
 PROJECTIONS = frozenset(
     {
         *("MIP", "MINIP", "MAXIP", "MAX_IP", "MIN_IP", "PROJECTION IMAGE", "PROJECTION", "VOLUME_RENDERED", "VRT"),
-        *("SSD", "SURFACE", "MAXIMUM", "MINIMUM", "SUBTRACTION", "DIVISION", "MULTIPLICATION", "STD_DEVIATION"),
-        *("SCREEN SAVE", "SECONDARY CAPTURE", "DOSE_INFO", "PATIENT PROTOCOL", "PROTOCOL"),
+        *("SSD", "SURFACE", "MAXIMUM", "MINIMUM", "SUBTRACTION", "DIVISION", "MULTIPLICATION", "STD_DEVIATION", "CPR"),
+        *("SCREEN SAVE", "SCREEN_SAVE", "SCREENSHOT", "SECONDARY CAPTURE", "DOSE_INFO", "PATIENT PROTOCOL", "PROTOCOL"),
+        *("PERFUSION", "CBF", "CBV", "MTT", "TTP", "TMAX", "EFF_Z", "Z_EFF", "ELECTRON_DENSITY", "MATERIAL_FRACTION"),
+        *("MATERIAL_IODINE", "MATERIAL_WATER", "MATERIAL_CALCIUM", "IODINE", "IODINE_MAP"),
     }
 )
 """Values of Image Type (PS3.3 C.7.6.1.1.2, C.8.15.2.1.1) or Frame Type of images that are no slice of the patient.
@@ -186,7 +190,7 @@ def _series_files(slices: Sequence[Header], part: int, warnings: Iterable[str]) 
         study=first.study_instance_uid or first.frame_of_reference_uid or folder,
         series=f"{series}#{part}" if part else series,
         slices=tuple(slices),
-        warnings=tuple(warnings),
+        warnings=(*warnings, *(["MIXED_RECONSTRUCTION"] if len({it.convolution_kernel for it in slices}) > 1 else [])),
     )
 
 
@@ -218,7 +222,7 @@ def _whole_files(headers: list[Header]) -> tuple[list[Header], list[tuple[str, R
 
 def _without_localizers(headers: list[Header]) -> tuple[list[Header], list[Header]]:
     """The main stack; the localizers, by Image Type, or as the few images that stand across the main stack."""
-    stack, localizers = _partition(headers, lambda header: "LOCALIZER" not in header.image_type)
+    stack, localizers = _partition(headers, lambda header: not LOCALIZERS.intersection(header.image_type))
     normals = {(header.name, header.frame): slice_normal(header) for header in stack}
     counts = Counter(normal for normal in normals.values() if normal)
     if len(counts) > 1:

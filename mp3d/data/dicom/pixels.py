@@ -4,7 +4,8 @@ Hounsfield units are slope x stored value + intercept (DICOM PS3.3 C.11.1), each
 MONOCHROME1 says how to display a value, not what it is, so it changes nothing here.
 """
 
-from io import BytesIO
+from io import SEEK_END, BytesIO
+from pathlib import Path
 
 import numpy as np
 from jaxtyping import Int16, Integer, UInt16
@@ -140,6 +141,8 @@ def read_stored(header: Header) -> Integer[np.ndarray, "h w"]:
         raise ValueError("the header has no pixels; check_pixel_format comes first")
     deflated = header.transfer_syntax == uid.DeflatedExplicitVRLittleEndian
     with open_body(header.source).file if deflated else open_source(header.source) as file:
+        if isinstance(header.source, Path) and file.seek(0, SEEK_END) != header.size:
+            raise Refusal("UNREADABLE", f"{header.label} has changed since its header was read; prepare it again")
         file.seek(header.pixels.offset)
         if header.transfer_syntax in NATIVE:
             length = header.rows * header.columns * 2

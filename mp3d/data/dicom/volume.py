@@ -11,9 +11,8 @@ from mp3d.data.decode import Pool, shared_pool
 from mp3d.data.dicom import isolated
 from mp3d.data.dicom.header import Header
 from mp3d.data.dicom.listing import SeriesFiles
-from mp3d.data.dicom.pixels import check_pixel_format, check_rescale
+from mp3d.data.dicom.pixels import INT16, check_pixel_format, check_rescale
 from mp3d.data.geometry import (
-    DIRECTION_TOLERANCE,
     MAX_POSITION_MM,
     POSITION_TOLERANCE_MM,
     check_pixel_spacing,
@@ -26,9 +25,10 @@ from mp3d.data.series import Volume
 from mp3d.errors import Refusal
 
 MAX_VOLUME_BYTES = 4 * 2**30
-"""Of the int16 volume: 2,000 slices of 1024 x 1024."""
-PIXEL_SPACING_TOLERANCE = 1e-3
-"""Pixel spacings of one stack agree to this share."""
+"""Of the int16 volume, where the caller sets no other limit: 2,000 slices of 1024 x 1024."""
+ALIKE = 1e-5
+"""Pixel spacings of one stack agree to this share, direction cosines to this much: one scanner writes them alike, and
+the far corner of a slice is then a few micrometres off."""
 TILT_TOLERANCE_DEG = 0.1
 MAX_TISSUE_HU = 3071
 """The highest value of the Hounsfield scale on 12 bits. Pixel Padding Value (0028,0120) is believed only above it:
@@ -49,11 +49,18 @@ class StoredSlice(NamedTuple):
 
 
 def load_volume(
-    series: SeriesFiles, policy: GeometryPolicy | None = None, pool: Pool | None = None
+    series: SeriesFiles,
+    policy: GeometryPolicy | None = None,
+    pool: Pool | None = None,
+    max_bytes: int = MAX_VOLUME_BYTES,
 ) -> tuple[Volume, tuple[StoredSlice, ...], tuple[str, ...]]:
     """Order, check and decode a series, slice by slice into one array, and correct what ``policy`` wants corrected.
 
-    Compressed slices are decoded by ``pool``, or the process' own.
+    Args:
+        series: as :func:`~mp3d.data.dicom.listing.group_series` lists it.
+        policy: what is corrected instead of refused.
+        pool: decodes compressed slices; None: the process' own.
+        max_bytes: of the volume; a compressed file is far smaller.
 
     Returns:
         The volume, its slices ascending along the normal (row cosines x column cosines); where each slice comes from;
@@ -67,7 +74,7 @@ def load_volume(
         check_pixel_format(header)
         check_rescale(header)
     first = series.slices[0]
-    _check_size(len(series.slices), first.rows, first.columns)
+    _check_size(len(series.slices), first.rows, first.columns, max_bytes)
     orientation = np.mean([header.image_orientation_patient for header in series.slices], axis=0)
     directions = direction_cosines(orientation.tolist(), first.label)
     pool = pool or shared_pool()
@@ -80,18 +87,20 @@ def load_volume(
         policy,
     )
     positions = np.arange(len(slices)) if grid.positions is None else grid.positions
-    _check_size(max(len(positions), len(slices)), num_rows(grid, first.rows), first.columns)
+    _check_size(max(len(positions), len(slices)), num_rows(grid, first.rows), first.columns, max_bytes)
     hu = np.empty((len(slices), first.rows, first.columns), np.int16)
-    num_padded = 0
+    num_padded = num_clipped = 0
     for z, (header, read) in enumerate(zip(slices, isolated.read_slices(slices, pool), strict=True)):
         hu[z] = read
         num_padded += _fill_padding(hu[z], header)
+        num_clipped += _may_be_clipped(hu[z], header)
     hu, affine, offsets = regrid(hu, grid)
     nearest = np.rint(positions).astype(int)
     stored = tuple(StoredSlice(slices[z].sop_instance_uid, slices[z].frame, float(offsets[z])) for z in nearest)
     warnings = [*series.warnings]
     warnings += ["DUPLICATE_DROPPED"] if num_duplicates else []
     warnings += ["PADDING_TO_AIR"] if num_padded else []
+    warnings += ["HU_CLIPPED"] if num_clipped else []
     warnings += ["TILT_CORRECTED"] if grid.tilt_deg else []
     warnings += ["UNEVEN_RESAMPLED"] if grid.positions is not None else []
     warnings += ["NOT_AXIAL"] if np.argmax(np.abs(directions[:, 2])) != 2 else []
@@ -101,10 +110,18 @@ def load_volume(
     return Volume(hu=hu, affine=affine), stored, tuple(warnings)
 
 
-def _check_size(depth: int, rows: int, columns: int) -> None:
-    if depth * rows * columns * 2 > MAX_VOLUME_BYTES:
+def _check_size(depth: int, rows: int, columns: int, max_bytes: int) -> None:
+    if depth * rows * columns * 2 > max_bytes:
         size = f"{depth} slices of {rows} x {columns} pixels"
-        raise Refusal("TOO_LARGE", f"{size} exceed {MAX_VOLUME_BYTES >> 30} GiB; split the series")
+        raise Refusal("TOO_LARGE", f"{size} exceed {max_bytes >> 20} MiB; split the series")
+
+
+def _may_be_clipped(hu: Int16[np.ndarray, "h w"], header: Header) -> bool:
+    """Whether a slice reaches the end of 16-bit integers and its stored values can go beyond."""
+    slope, intercept = header.rescale_slope or 1, header.rescale_intercept or 0
+    low = -(2 ** (header.bits_stored - 1)) if header.pixel_representation == 1 else 0
+    ends = sorted(slope * value + intercept for value in (low, low + 2**header.bits_stored - 1))
+    return bool((ends[0] < INT16.min and hu.min() == INT16.min) or (ends[1] > INT16.max and hu.max() == INT16.max))
 
 
 def _fill_padding(hu: Int16[np.ndarray, "h w"], header: Header) -> int:
@@ -122,26 +139,33 @@ def _fill_padding(hu: Int16[np.ndarray, "h w"], header: Header) -> int:
 
 
 def _check_alike(slices: Sequence[Header]) -> None:
-    """Complete geometry, and one size, pixel spacing and orientation."""
+    """Complete geometry; one patient, study and frame of reference; one size, pixel spacing and orientation."""
     first = slices[0]
     for header in slices:
-        _check_geometry(header)
+        _check_geometry(header, first)
+        for what, mine, others in (
+            ("Patient ID (0010,0020)", header.patient_id, first.patient_id),
+            ("Study Instance UID (0020,000D)", header.study_instance_uid, first.study_instance_uid),
+            ("Frame of Reference UID (0020,0052)", header.frame_of_reference_uid, first.frame_of_reference_uid),
+        ):
+            if mine != others:
+                detail = f"{header.label} has another {what} than {first.label}"
+                raise Refusal("MIXED_SERIES", f"{detail}; give each series a Series Instance UID of its own")
         if (header.rows, header.columns) != (first.rows, first.columns):
             raise Refusal(
                 "MIXED_SIZE",
                 f"{header.label} has {header.rows} x {header.columns} pixels (0028,0010 and 0028,0011), "
                 f"{first.label} {first.rows} x {first.columns}; export each stack as a series of its own",
             )
-        spacings = np.array([header.pixel_spacing_yx_mm, first.pixel_spacing_yx_mm])
-        if not np.allclose(*spacings, rtol=PIXEL_SPACING_TOLERANCE, atol=0):
+        spacings = (header.pixel_spacing_yx_mm, first.pixel_spacing_yx_mm)
+        if not _are_alike(*spacings, relative=True):
             mine, others = (f"{y:g} x {x:g} mm" for y, x in spacings)
             raise Refusal(
                 "MIXED_SPACING",
                 f"{header.label} has Pixel Spacing (0028,0030) {mine}, {first.label} {others}; "
                 "export each stack as a series of its own",
             )
-        orientations = np.array([header.image_orientation_patient, first.image_orientation_patient])
-        if not np.allclose(*orientations, rtol=0, atol=DIRECTION_TOLERANCE):
+        if not _are_alike(header.image_orientation_patient, first.image_orientation_patient):
             raise Refusal(
                 "MIXED_ORIENTATION",
                 f"{header.label} has another Image Orientation (Patient) (0020,0037) than {first.label}; "
@@ -149,7 +173,13 @@ def _check_alike(slices: Sequence[Header]) -> None:
             )
 
 
-def _check_geometry(header: Header) -> None:
+def _are_alike(values: Sequence[float], others: Sequence[float], relative: bool = False) -> bool:
+    return all(
+        abs(value - other) <= ALIKE * (other if relative else 1) for value, other in zip(values, others, strict=True)
+    )
+
+
+def _check_geometry(header: Header, first: Header) -> None:
     for keyword, value in (
         ("Image Position (Patient) (0020,0032)", header.image_position_patient),
         ("Image Orientation (Patient) (0020,0037)", header.image_orientation_patient),
@@ -157,10 +187,11 @@ def _check_geometry(header: Header) -> None:
     ):
         if not value:
             raise Refusal("MISSING_GEOMETRY", f"{header.label} has no {keyword}; export the original CT images")
-    if not (np.abs(header.image_position_patient) <= MAX_POSITION_MM).all():  # also NaN
+    if not all(abs(value) <= MAX_POSITION_MM for value in header.image_position_patient):  # also NaN
         detail = f"Image Position (Patient) (0020,0032) is not finite or beyond {MAX_POSITION_MM:g} mm"
         raise Refusal("BAD_GEOMETRY", f"{header.label}: {detail}; export the original CT images")
-    direction_cosines(header.image_orientation_patient, header.label)
+    if header is first or header.image_orientation_patient != first.image_orientation_patient:
+        direction_cosines(header.image_orientation_patient, header.label)
     check_pixel_spacing(header.pixel_spacing_yx_mm, header.label)
 
 

@@ -7,14 +7,16 @@
       manifest.json            the commit: without it the folder is no data set; index, counts, hashes, rejects
 
 The image is plain little-endian int16 (or the picture's JPEG) in a binary column, zstd level 1, without dictionary and
-statistics; Arrow's tensor columns are 3.5 times slower and twice the size. A series keeps its own z grid.
+statistics; windows are read several times faster from it than from Arrow's tensor columns (``benchmarks/windows.py``).
+A series keeps its own z grid.
 
 The manifest holds a CRC of the bytes of every row group and of the footer, so one flipped bit anywhere is found before
-it is parsed. For other readers of Parquet, which know no manifest, every page carries Parquet's checksum and every row
-a CRC of its own (:func:`row_is_intact`).
+it is parsed; every row has a CRC of its own, compared when it is read, which also goes with it into the cache. For
+other readers of Parquet, which know no manifest, every page carries Parquet's checksum too.
 """
 
 from mp3d.data.shard.aside import ASIDE_PATTERN, is_disk_full, json_text, write_aside
+from mp3d.data.shard.cache import cached
 from mp3d.data.shard.columns import read_columns
 from mp3d.data.shard.manifest import (
     FORMAT_VERSION,
@@ -50,6 +52,7 @@ __all__ = [
     "Row",
     "SeriesEntry",
     "ShardSet",
+    "cached",
     "count_rows",
     "decode_image",
     "decode_truth",

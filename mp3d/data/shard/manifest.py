@@ -7,11 +7,13 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
+from jaxtyping import Int16
 
 from mp3d.data.shard.aside import json_text, write_aside
 from mp3d.data.shard.part_file import SeriesEntry, entry_from_dict, read_row_group
-from mp3d.data.shard.rows import Row
+from mp3d.data.shard.rows import Row, decode_image, row_is_intact, rows_of
 from mp3d.errors import DataError
 
 FORMAT_VERSION = 2
@@ -73,8 +75,17 @@ class ShardSet:
         """Rows ``start..stop-1`` of a series, read from the row groups that hold them.
 
         Raises:
-            DataError: the file is not there, or not as it was written; the file and row group are named.
+            DataError: the file is not there, or not as it was written; the file and row group, or row, are named.
         """
+        return [row | {"image": bytes(row["image"])} for row in self.view_rows(entry, start, stop)]
+
+    def read_slices(self, entry: SeriesEntry, start: int, stop: int) -> tuple[list[Row], Int16[np.ndarray, "d h w"]]:
+        """Slices ``start..stop-1`` of a CT series in HU, beside their rows; raises as :meth:`read_rows`."""
+        rows = self.view_rows(entry, start, stop)
+        return rows, np.stack([decode_image(row) for row in rows])
+
+    def view_rows(self, entry: SeriesEntry, start: int, stop: int) -> list[Row]:
+        """As :meth:`read_rows`, but the images are views: who keeps one keeps a whole row group in memory."""
         if not 0 <= start < stop <= entry.num_rows:
             raise IndexError(f"rows {start}..{stop - 1} of a series of {entry.num_rows}")
         first, last = start // entry.rows_per_group, (stop - 1) // entry.rows_per_group
@@ -87,7 +98,14 @@ class ShardSet:
             ]
         except (OSError, pa.ArrowException) as error:
             raise DataError(f"{path}: {error}; run jobs/prepare.py again") from error
-        return pa.concat_tables(groups).slice(start - first * entry.rows_per_group, stop - start).to_pylist()
+        rows = rows_of(pa.concat_tables(groups).slice(start - first * entry.rows_per_group, stop - start))
+        if len(rows) != stop - start:
+            raise DataError(f"{path}: rows of a series are missing; delete the file and run jobs/prepare.py again")
+        for number, row in enumerate(rows, start):
+            if not row_is_intact(row):
+                told = f"{path}: row {number} of series {entry.series} is not what was written"
+                raise DataError(f"{told}; is the memory of this machine sound?")
+        return rows
 
     def iter_rows(self, entry: SeriesEntry) -> Iterator[Row]:
         """All rows of a series, one row group in memory at a time."""

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from hashlib import sha256
-from os import SEEK_END
+from os import SEEK_CUR, SEEK_END, SEEK_SET
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,13 @@ from mp3d.data.shard.aside import commit_aside, create_aside
 from mp3d.data.shard.rows import SCHEMA, Row
 from mp3d.errors import DataError
 
-ROW_GROUP_BYTES = 6 * 2**20
-"""Pixels in a row group before compression: 12 slices of 512 x 512."""
+ROW_GROUP_BYTES = 4 * 2**20
+"""Pixels in a row group before compression: 8 slices of 512 x 512, so that 9 are read out of 16."""
 MIN_ROWS_PER_GROUP = 8
 
+_COMPRESSION = {field.name + (".list.element" if pa.types.is_list(field.type) else ""): "none" for field in SCHEMA}
+_COMPRESSION |= {"image": "zstd", "mask": "zstd"}
+"""The rest of a row is a few hundred bytes, in columns that take longer to open compressed."""
 _TAIL_BYTES = 8
 """A Parquet file ends with the length of its footer (4 bytes, little-endian) and ``PAR1``."""
 
@@ -102,8 +105,8 @@ class PartWriter:
         self._writer = pq.ParquetWriter(
             self._temporary,
             SCHEMA,
-            compression="zstd",
-            compression_level=1,
+            compression=_COMPRESSION,  # type: ignore[arg-type]  # a codec a column
+            compression_level={name: 1 for name, codec in _COMPRESSION.items() if codec == "zstd"},
             use_dictionary=False,
             write_statistics=False,
             write_page_checksum=True,
@@ -190,26 +193,61 @@ def read_row_group(path: Path, modified_ns: int, group: int, group_crc32: int, f
         DataError: the bytes are not those that were written.
         OSError: the file cannot be read.
     """
-    parquet = _open_part(path, modified_ns, footer_crc32)
-    start, end = [0, *_group_ends(parquet.metadata)][group : group + 2]
+    metadata, ends = _read_footer(path, modified_ns, footer_crc32)
+    start, end = ends[group : group + 2]
     with path.open("rb") as file:
         file.seek(start)
-        if zlib.crc32(file.read(end - start)) != group_crc32:
-            raise _altered(path, f"row group {group}")
+        content = file.read(end - start)
+    if zlib.crc32(content) != group_crc32:
+        raise _altered(path, f"row group {group}")
+    parquet = pq.ParquetFile(_PieceOfFile(content, start), metadata=metadata, pre_buffer=False)
     return parquet.read_row_group(group, use_threads=False)
 
 
-@lru_cache(maxsize=32)
-def _open_part(path: Path, _modified_ns: int, footer_crc32: int) -> pq.ParquetFile:
-    """Opened files are kept: reading the footer again costs more than reading nine small slices."""
+@lru_cache(maxsize=256)
+def _read_footer(path: Path, _modified_ns: int, footer_crc32: int) -> tuple[pq.FileMetaData, list[int]]:
+    """What is written where, and where each row group begins and ends; kept, for it is wanted with every row group."""
     with path.open("rb") as file:
         size = file.seek(0, SEEK_END)
         file.seek(max(size - _TAIL_BYTES, 0))
         footer = int.from_bytes(file.read(_TAIL_BYTES)[:4], "little") + _TAIL_BYTES
         file.seek(max(size - footer, 0))
-        if zlib.crc32(file.read()) != footer_crc32:
-            raise _altered(path, "the footer")
-    return pq.ParquetFile(path, memory_map=False)
+        content = file.read()
+    if zlib.crc32(content) != footer_crc32:
+        raise _altered(path, "the footer")
+    metadata = pq.read_metadata(pa.BufferReader(content))
+    return metadata, [0, *_group_ends(metadata)]
+
+
+class _PieceOfFile:
+    """Bytes that were checked, at their place in a file, for Arrow to parse: it does not read the file again."""
+
+    closed = False
+
+    def __init__(self, content: bytes, start: int) -> None:
+        self._content, self._start, self._at = memoryview(content), start, 0
+
+    def seek(self, offset: int, whence: int = SEEK_SET) -> int:
+        end = self._start + len(self._content)
+        self._at = offset + {SEEK_SET: 0, SEEK_CUR: self._at, SEEK_END: end}[whence]
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def read(self, size: int) -> memoryview:
+        first = self._at - self._start
+        self._at += size
+        return self._content[first : first + size]
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def close(self) -> None:
+        pass
 
 
 def _group_ends(metadata: pq.FileMetaData) -> list[int]:

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from hashlib import blake2b
 from io import BytesIO
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -116,6 +117,20 @@ def picture_rows(pictures: Iterable[Picture], split: str, origin: Origin) -> lis
         )
         for index, picture in enumerate(pictures)
     ]
+
+
+def rows_of(table: pa.Table) -> list[Row]:
+    """The rows of a table with :data:`SCHEMA`; images are views of the table's memory."""
+    images = [image for chunk in table["image"].chunks for image in _views(chunk)]
+    rows = table.drop_columns(["image"]).to_pylist()
+    return [row | {"image": image} for row, image in zip(rows, images, strict=True)]
+
+
+def _views(column: pa.BinaryArray) -> list[memoryview]:
+    _, offsets, content = column.buffers()
+    bounds = np.frombuffer(offsets, np.int32)[column.offset : column.offset + len(column) + 1].tolist()
+    memory = memoryview(content)
+    return [memory[start:stop] for start, stop in pairwise(bounds)]
 
 
 def decode_image(row: Row) -> np.ndarray:

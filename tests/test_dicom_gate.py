@@ -1,0 +1,117 @@
+"""What a series must not be: several patients, clipped in silence, absurd, larger than it looks, changed while read."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from pydicom import Dataset, uid
+
+from mp3d.data.dicom import group_series, load_volume
+from mp3d.data.dicom.frames import MAX_FILE_BYTES
+from mp3d.errors import Refusal
+from tests.dicom_files import ct_slices, enhanced, made_volume, to_bytes
+
+
+def files(slices: list[Dataset], syntax: uid.UID = uid.ExplicitVRLittleEndian) -> dict[str, bytes]:
+    return {f"{number}.dcm": to_bytes(ds, syntax) for number, ds in enumerate(slices)}
+
+
+def refusal(content: dict[str, bytes] | Path) -> Refusal:
+    listing = group_series(content)
+    if listing.refused:
+        return listing.refused[0][1]
+    with pytest.raises(Refusal) as refused:
+        load_volume(*listing.series)
+    return refused.value
+
+
+def last(**elements: Any) -> list[Dataset]:
+    slices = ct_slices(made_volume())
+    for keyword, value in elements.items():
+        setattr(slices[-1], keyword, value)
+    return slices
+
+
+@pytest.mark.parametrize("keyword", ["PatientID", "StudyInstanceUID", "FrameOfReferenceUID"])
+def test_two_under_one_series_uid(keyword: str) -> None:
+    refused = refusal(files(last(**{keyword: "1.2.3"})))
+    assert refused.reason == "MIXED_SERIES"
+    assert "1.2.3" not in refused.detail
+
+
+@pytest.mark.parametrize(
+    ("keyword", "value", "reason"),
+    [
+        ("PixelSpacing", ["0.80005", "0.6"], "MIXED_SPACING"),
+        ("ImageOrientationPatient", ["1", "0", "0.0001", "0", "1", "0"], "MIXED_ORIENTATION"),
+        ("RescaleSlope", ["1", "2"], "BAD_HEADER"),
+    ],
+)
+def test_a_slice_that_would_lie_elsewhere(keyword: str, value: list[str], reason: str) -> None:
+    assert refusal(files(last(**{keyword: value}))).reason == reason
+
+
+@pytest.mark.parametrize("spacing", ["1e-300", "0.001"])
+def test_pixels_too_small_for_any_scanner(spacing: str) -> None:
+    slices = ct_slices(made_volume())
+    for ds in slices:
+        ds.PixelSpacing = [spacing, spacing]
+    assert refusal(files(slices)).reason == "BAD_SPACING"
+
+
+@pytest.mark.parametrize(("stored", "warned"), [(40000, True), (32766, False)])
+def test_clipping_is_told(stored: int, warned: bool) -> None:
+    slices = ct_slices(made_volume())
+    for ds in slices:
+        ds.PixelRepresentation, ds.RescaleSlope, ds.RescaleIntercept = 0, "1", "0"
+        ds.PixelData = np.full((5, 7), stored, np.uint16).tobytes()
+    _, _, warnings = load_volume(*group_series(files(slices)).series)
+    assert ("HU_CLIPPED" in warnings) == warned
+
+
+def test_values_that_cannot_be_clipped_are_not_looked_at() -> None:
+    _, _, warnings = load_volume(*group_series(files(ct_slices(made_volume()))).series)
+    assert warnings == ()
+
+
+def test_several_kernels_in_one_stack_are_told() -> None:
+    slices = ct_slices(made_volume())
+    for number, ds in enumerate(slices):
+        ds.ConvolutionKernel = ("B30f", "B60f")[number % 2]
+    (series,) = group_series(files(slices)).series
+    assert "MIXED_RECONSTRUCTION" in series.warnings
+
+
+@pytest.mark.parametrize("image_type", ["SCOUT", "SCREEN_SAVE", "MATERIAL_IODINE", "CBF"])
+def test_other_images_are_no_slices(image_type: str) -> None:
+    slices = ct_slices(made_volume())
+    for ds in slices:
+        ds.ImageType = ["DERIVED", "PRIMARY", image_type]
+    assert refusal(files(slices)).reason in ("LOCALIZER_ONLY", "PROJECTION_ONLY")
+
+
+def test_a_small_file_that_claims_a_large_volume() -> None:
+    ds = enhanced(ct_slices(made_volume()))
+    ds.NumberOfFrames, ds.Rows, ds.Columns = 4000, 1000, 1000
+    assert MAX_FILE_BYTES < 4000 * 1000 * 1000 * 2
+    assert refusal({"one": to_bytes(ds)}).reason == "TOO_LARGE"
+
+
+def test_the_volume_keeps_to_the_limit_of_its_caller() -> None:
+    (series,) = group_series(files(ct_slices(made_volume()))).series
+    num_bytes = made_volume().hu.nbytes
+    load_volume(series, max_bytes=num_bytes)
+    with pytest.raises(Refusal, match="TOO_LARGE"):
+        load_volume(series, max_bytes=num_bytes - 1)
+
+
+@pytest.mark.parametrize("change", [lambda data: data[:300] + b"  " + data[300:], lambda data: data[:-2]])
+def test_a_file_that_changes_between_listing_and_reading(tmp_path: Path, change: Callable[[bytes], bytes]) -> None:
+    for name, content in files(ct_slices(made_volume())).items():
+        (tmp_path / name).write_bytes(content)
+    (series,) = group_series(tmp_path).series
+    (tmp_path / "3.dcm").write_bytes(change((tmp_path / "3.dcm").read_bytes()))
+    with pytest.raises(Refusal, match="UNREADABLE"):
+        load_volume(series)
