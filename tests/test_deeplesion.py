@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from mp3d.config import ClipConfig
+from mp3d.data.clips import window_positions
 from mp3d.data.deeplesion import read_deeplesion
 from mp3d.data.deeplesion_images import consecutive_runs
 from mp3d.data.prepare import prepare
@@ -161,7 +163,7 @@ def test_boxes_beyond_the_image_are_cut_or_dropped(root):
     assert set(series.warnings) <= WARNINGS.keys()
 
 
-@pytest.mark.parametrize("spacing", ["nan, nan, nan", "0.8, 0.8, -5", "0, 0.8, 5", "inf, 1, 1"])
+@pytest.mark.parametrize("spacing", ["nan, nan, nan", "0.8, -0.8, 5", "0, 0.8, 5", "inf, 1, 1"])
 def test_absurd_spacing_is_refused(root, spacing):
     write_table(root, [lesion("000001_01_01", 100, Spacing_mm_px_=spacing), lesion("000002_03_01", 2)])
     source = read_deeplesion(root)
@@ -170,6 +172,36 @@ def test_absurd_spacing_is_refused(root, spacing):
         ("000001_01_01/120-123", "BAD_SPACING"),
     ]
     assert len(source.items) == 1
+
+
+@pytest.mark.parametrize("interval", ["nan", "NaN", "-5", "0", "inf"])
+def test_key_slices_of_unknown_interval_stand_alone(root, interval):
+    """As 3DCE reads them: it fills the clip with the key slice where the interval is NaN or negative."""
+    spacing = f"0.8, 0.7, {interval}"
+    rows = [lesion("000001_01_01", 100, Spacing_mm_px_=spacing), lesion("000001_01_01", 100, Bounding_boxes="1,1,9,9")]
+    rows[1]["Spacing_mm_px_"] = spacing
+    write_table(root, [*rows, lesion("000001_01_01", 104, Spacing_mm_px_=spacing), lesion("000001_01_01", 121)])
+    source = read_deeplesion(root)
+    assert source.refused == ()
+    assert [item.key.split("/")[1] for item in source.items] == ["100-100", "104-104", "120-123"]
+    assert "8 slices beside key slices of unknown slice interval, not used" in source.notes
+    series = load(root)
+    assert series.warnings == ("INTERVAL_UNKNOWN",)
+    assert series.volume.hu.shape == (1, SIZE, SIZE)
+    assert series.volume.hu[0, 1, 1] == 100
+    assert series.volume.spacing_mm[1:] == pytest.approx((0.7, 0.8))
+    assert series.first_index == 100
+    assert len(series.truths[0].boxes) == 2
+    clip = window_positions(0, 1, series.volume.spacing_mm[0], ClipConfig())
+    assert clip.tolist() == [0] * 9
+
+
+def test_an_interval_that_only_some_rows_of_a_run_give_counts_for_all(root):
+    rows = [lesion("000001_01_01", 100), lesion("000001_01_01", 104, Spacing_mm_px_="0.8, 0.7, nan")]
+    write_table(root, rows)
+    series = load(root)
+    assert series.volume.spacing_mm == pytest.approx((5, 0.7, 0.8))
+    assert len(series.volume.hu) == 10
 
 
 def test_contradicting_spacing_is_refused(root):

@@ -279,6 +279,30 @@ class TestLeaks:
         assert passport.leaks == ("images of val that are also in test: 1",)
         assert numbers(passport)["leaks"]["within"][0]["ids"] == [hashed_id("series a", KEY)]
 
+    @pytest.mark.parametrize(
+        "changed",
+        [
+            lambda hu: hu[::-1],  # as after the repair of a header that said another orientation
+            lambda hu: hu[:, ::-1, ::-1],
+            lambda hu: hu.transpose(0, 2, 1),
+            lambda hu: hu[3:],  # fewer slices were published
+            lambda hu: np.concatenate([hu[2:], np.full((6, *hu.shape[1:]), -1024, np.int16)]),
+        ],
+    )
+    def test_a_scan_under_two_names_that_was_turned_or_cut(self, tmp_path: Path, changed):
+        hu = np.random.default_rng(0).normal(40, 60, (10, 40, 50)).astype(np.int16)
+        scans = [
+            (replace(made_series(name), volume=Volume(stack, _affine(2)), truths=(Truth(),) * len(stack)), split)
+            for name, stack, split in [
+                ("a", hu, "val"),
+                ("b", np.ascontiguousarray(changed(hu)), "test"),
+                ("c", hu + np.int16(1), "train"),
+            ]
+        ]
+        passport = write_passport(made_shards(tmp_path / "s", scans))
+        assert passport.leaks == ("images of val that are also in test: 1",)
+        assert numbers(passport)["leaks"]["within"][0]["ids"] == [hashed_id("series a", KEY)]
+
     def test_scans_that_show_nothing_are_not_the_same(self, tmp_path: Path):
         empty = [
             replace(made_series(name), volume=Volume(np.zeros((4, 40, 50), np.int16), _affine(2))) for name in "ab"

@@ -21,7 +21,9 @@ from mp3d.data.series import CTSeries, Truth, Volume
 from mp3d.data.source import Item, Source
 from mp3d.errors import DataError, Refusal
 
-READER = "deeplesion/1"
+READER = "deeplesion/2"
+LONE_SLICE_MM = 1.0
+"""Stands for the slice interval where the table gives none; no neighbour is ever read by it."""
 
 Box = tuple[float, float, float, float]
 
@@ -34,6 +36,9 @@ def read_deeplesion(
     All lesions have the label 1. The data set does not say how a slice lies in the patient: the affine takes columns
     for +x, rows for +y and slice numbers for +z of LPS, with the origin at slice 0, so that distances are right, but
     directions and places in the body are not.
+
+    Where the table gives no slice interval (not finite, or not above 0) neighbours cannot be placed: each key slice of
+    the run is a series of one slice, as in 3DCE (``image_io_3DCE.py``), and the other slices are not used.
 
     Args:
         root: folder of the data set.
@@ -72,7 +77,14 @@ def read_deeplesion(
             marked = [lesion for lesion in lesions[series] if lesion.slice_number in run.numbers]
             kept = tuple(lesion for lesion in marked if keep_noisy or not lesion.noisy)
             counts["boxes marked as possibly noisy, not used"] += len(marked) - len(kept)
-            items.append(Item(key, series.split("_")[0], splits[0], partial(load_run, run, kept, spacing_mm)))
+            parts = [run]
+            if math.isnan(spacing_mm[2]):
+                parts = [run.alone(number) for number in sorted({lesion.slice_number for lesion in marked})]
+                counts["slices beside key slices of unknown slice interval, not used"] += len(run.places) - len(parts)
+            for part in parts:
+                boxed = tuple(lesion for lesion in kept if lesion.slice_number in part.numbers)
+                load = partial(load_run, part, boxed, spacing_mm)
+                items.append(Item(f"{series}/{part.name}", series.split("_")[0], splits[0], load))
     if not items and not refused:
         raise DataError(f"no image of {annotations.name} is there; name the folder that holds them with --images")
     return Source(
@@ -92,7 +104,7 @@ def load_run(run: SliceRun, lesions: Sequence[Lesion], spacing_mm: tuple[float, 
     Args:
         run: the slices.
         lesions: those with their key slice in the run.
-        spacing_mm: x, y, slice interval.
+        spacing_mm: x, y, slice interval; the interval may be NaN where the run is one slice.
 
     Raises:
         Refusal: as :func:`~mp3d.data.deeplesion_images.read_run`.
@@ -100,6 +112,9 @@ def load_run(run: SliceRun, lesions: Sequence[Lesion], spacing_mm: tuple[float, 
     hu = read_run(run)
     boxes: dict[int, list[np.ndarray]] = defaultdict(list)
     warnings: set[str] = set()
+    if math.isnan(spacing_mm[2]):
+        spacing_mm = (*spacing_mm[:2], LONE_SLICE_MM)
+        warnings.add("INTERVAL_UNKNOWN")
     for lesion in lesions:
         box, warning = clip_box(lesion.box, *hu.shape[1:])
         if warning:
@@ -162,14 +177,17 @@ def notes(counts: Counter[str], listing: SliceListing) -> tuple[str, ...]:
 def run_spacing(lesions: Sequence[Lesion], run: SliceRun) -> tuple[float, float, float]:
     """Of the rows of this run, or, where it has none, of the whole folder (two of its runs may differ).
 
+    The interval (the last) is NaN where no row gives one.
+
     Raises:
         Refusal: ``BAD_SPACING`` or ``MIXED_SPACING``.
     """
-    of_run = {lesion.spacing_mm for lesion in lesions if lesion.slice_number in run.numbers}
-    found = of_run or {lesion.spacing_mm for lesion in lesions}
-    for spacing_mm in found:
-        if not all(math.isfinite(value) and value > 0 for value in spacing_mm):
-            raise Refusal("BAD_SPACING", f"spacing (x, y, interval) is {spacing_mm} mm; each must be above 0")
+    rows = [lesion for lesion in lesions if lesion.slice_number in run.numbers] or lesions
+    for *in_plane, _ in (lesion.spacing_mm for lesion in rows):
+        if not all(map(_is_length, in_plane)):
+            raise Refusal("BAD_SPACING", f"pixel spacing (x, y) is {tuple(in_plane)} mm; each must be above 0")
+    found = {lesion.spacing_mm for lesion in rows if _is_length(lesion.spacing_mm[2])}
+    found = found or {(*lesion.spacing_mm[:2], math.nan) for lesion in rows}
     if len(found) > 1:
         raise Refusal("MIXED_SPACING", f"several spacings (x, y, interval) for one run: {sorted(found)} mm")
     return found.pop()
@@ -186,3 +204,7 @@ def clip_box(box: Box, rows: int, columns: int) -> tuple[Float[np.ndarray, " 4"]
 def _truth(boxes: Sequence[np.ndarray]) -> Truth:
     """A slice whose boxes were all dropped is no slice without lesions."""
     return Truth(np.stack(boxes), np.ones(len(boxes), np.int64)) if boxes else Truth()
+
+
+def _is_length(value: float) -> bool:
+    return math.isfinite(value) and value > 0

@@ -5,6 +5,7 @@ So their ``val`` is not DeepLesion's: what is tuned on it has seen patients of t
 """
 
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -88,6 +89,8 @@ def read_deeplesion_3d(
             if not rows:
                 raise Refusal("MISSING_GEOMETRY", "the table has no row of this series, so there is no spacing")
             spacing_mm = run_spacing(rows, run)
+            if math.isnan(spacing_mm[2]):
+                raise Refusal("BAD_SPACING", "the table gives no slice interval above 0 mm for a sub-volume")
         except Refusal as refusal:
             refused.append((sub_volume.name, refusal))
             continue

@@ -74,6 +74,10 @@ class SliceRun:
         """First and last slice, such as ``103-115``."""
         return f"{self.first:03d}-{self.numbers[-1]:03d}"
 
+    def alone(self, number: int) -> "SliceRun":
+        """One of its slices as a run."""
+        return SliceRun(self.series, number, (self.places[number - self.first],))
+
 
 @dataclass(frozen=True)
 class SliceListing:

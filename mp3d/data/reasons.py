@@ -77,6 +77,7 @@ WARNINGS: dict[str, str] = {
     "UNKNOWN_PATIENT": "No Patient ID: the study, frame of reference or folder stands for the patient in splits.",
     "TILT_TAG_IGNORED": "Gantry/Detector Tilt is not zero, but the slices lie straight above one another.",
     "NOT_AXIAL": "The slices are nearer to coronal or sagittal than to axial.",
+    "INTERVAL_UNKNOWN": "The table gives no slice interval: the key slice stands alone, without its neighbours.",
     "HU_CLIPPED": "Values beyond the range of 16-bit integers were clipped.",
     "AMBIGUOUS_NODULE": "Outlines of one reader, or of more than four, could not be told apart and are one nodule.",
     "UNSETTLED_SLICES": "Slices with marks, but no nodule that enough readers agree on, count as not searched.",

@@ -193,7 +193,7 @@ def read_row_group(path: Path, modified_ns: int, group: int, group_crc32: int, f
         DataError: the bytes are not those that were written.
         OSError: the file cannot be read.
     """
-    metadata, ends = _read_footer(path, modified_ns, footer_crc32)
+    metadata, ends = read_footer(path, modified_ns, footer_crc32)
     start, end = ends[group : group + 2]
     with path.open("rb") as file:
         file.seek(start)
@@ -205,7 +205,7 @@ def read_row_group(path: Path, modified_ns: int, group: int, group_crc32: int, f
 
 
 @lru_cache(maxsize=256)
-def _read_footer(path: Path, _modified_ns: int, footer_crc32: int) -> tuple[pq.FileMetaData, list[int]]:
+def read_footer(path: Path, _modified_ns: int, footer_crc32: int) -> tuple[pq.FileMetaData, list[int]]:
     """What is written where, and where each row group begins and ends; kept, for it is wanted with every row group."""
     with path.open("rb") as file:
         size = file.seek(0, SEEK_END)
