@@ -47,6 +47,8 @@ def test_boxes_of_a_structure_set(tmp_path: Path) -> None:
     assert truth.mask is not None
     assert truth.boxes.tolist() == [[1, 2, 5, 6], [9, 7, 13, 10]]
     assert truth.labels.tolist() == [1, 1]
+    assert truth.instances is not None
+    assert truth.instances.tolist() == [1, 2]  # they touch on no slice
     assert truth.mask.sum() == 16 + 12
     for other in (*series.truths[:2], *series.truths[3:]):  # looked, none found
         assert other.boxes is not None

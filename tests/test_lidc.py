@@ -168,6 +168,7 @@ def test_cubes_for_segmentation_show_every_nodule_in_them(tmp_path: Path):
         assert cube.volume.hu.shape == VOLUME.hu.shape  # cut where the series ends
         assert cube.image_label is None
         assert num_boxes(cube) == [0, 0, 1, 1, 1, 1, 0, 0, 1, 0, 0, 0]
+        assert [truth.instances.tolist() for truth in cube.truths] == [[], [], *[[1]] * 4, [], [], [2], [], [], []]
     (own,) = load(read_lidc(tmp_path, task="segmentation", crop_mm=100))
     assert num_boxes(own) == [0, 0, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0]
     notes = read_lidc(tmp_path, task="segmentation").notes

@@ -10,14 +10,14 @@ from mp3d.config import GeometryPolicy
 from mp3d.data import rtstruct, segmentation
 from mp3d.data.decode import shared_pool
 from mp3d.data.dicom import Header, SeriesFiles, group_series, load_volume
-from mp3d.data.masks import boxes_from_mask
+from mp3d.data.masks import truths_from_mask
 from mp3d.data.rtstruct import LESION_ROI, StructureSet, mask_from_contours
 from mp3d.data.segmentation import Segmentation, mask_from_frames
 from mp3d.data.series import CTSeries, Truth
 from mp3d.data.source import Item, Source
 from mp3d.errors import ConfigError, Refusal
 
-READER = "dicom/3"
+READER = "dicom/4"
 ANNOTATIONS = ("RTSTRUCT", "SEG")
 """Modalities of the objects that mark lesions."""
 
@@ -112,7 +112,7 @@ def load_series(series: SeriesFiles, annotations: Sequence[Header], roi: str, po
         mask, num_outside = mask_from_contours(regions, volume)
         frames = [frame for segmentation in segmented for frame in segmentation.frames]
         segments, num_frames_outside = mask_from_frames(frames, volume, stored)
-        truths = tuple(Truth(*boxes_from_mask(plane), mask=plane) for plane in mask | segments)
+        truths = truths_from_mask(mask | segments)
         if num_outside + num_frames_outside:
             warnings += ("CONTOUR_OUTSIDE_DROPPED",)
     elif annotations:

@@ -21,7 +21,7 @@ from mp3d.data.lidc_sqlite import read_sqlite
 from mp3d.data.source import Item, Source
 from mp3d.errors import ConfigError, Refusal
 
-READER = "lidc/1"
+READER = "lidc/2"
 MAX_CROP_MM = 500.0
 
 

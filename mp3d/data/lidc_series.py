@@ -92,18 +92,21 @@ def nodule_truths(nodules: Sequence[tuple[Planes, int]], depth: int, shape: tupl
     """A box for each connected part of each nodule on each slice; boxes are unknown where no part is large enough.
 
     Args:
-        nodules: with the label of their pixels and boxes, from 1.
+        nodules: with the label of their pixels and boxes, from 1; their boxes are the instances 1, 2, ...
     """
     truths: list[Truth] = []
     for z in range(depth):
         mask = np.zeros(shape, np.uint8)
         found = [boxes_from_mask(mask)]
+        counts = [0]
         for planes, label in nodules:
             if z in planes:
                 mask[planes[z]] = label
                 found.append(boxes_from_mask(planes[z] * np.uint8(label)))
+            counts.append(len(found[-1][0]) if z in planes else 0)
         boxes, labels = (np.concatenate(arrays) for arrays in zip(*found, strict=True))
-        truths.append(Truth(mask=mask) if mask.any() and not len(boxes) else Truth(boxes, labels, mask))
+        instances = np.repeat(np.arange(len(counts)), counts)
+        truths.append(Truth(mask=mask) if mask.any() and not len(boxes) else Truth(boxes, labels, mask, instances))
     return truths
 
 
