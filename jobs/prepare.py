@@ -12,6 +12,7 @@ whether anything is in two splits, theirs or those of the shards that --compare 
 
 import difflib
 import functools
+import json
 import sys
 import time
 from collections import Counter
@@ -195,12 +196,27 @@ def report(out: Path, compare: Sequence[Path]) -> None:
     print("reading the shards for their passport ...")
     passport = write_passport(out, compare)
     print(f"data passport: {passport.html}")
+    print_anchors(json.loads(passport.json.read_bytes())["anchors"])
     if passport.leaks:
         raise DataError(f"leak: {'; '.join(passport.leaks)}; {passport.html} names them")
     if passport.not_compared:
         raise DataError(
             f"patients cannot be compared with {'; '.join(passport.not_compared)}; prepare both with one --id-key-file"
         )
+
+
+def print_anchors(table: dict[str, Any] | None) -> None:
+    """How well published and fitted anchors meet the boxes of val, or of the first split that has any."""
+    if table is None:
+        return
+    split = table["shown_split"]
+    count = table["sets"][0]["splits"][split]["boxes"]
+    print(f"{f'anchors, {count} boxes of {split}':34}{'centred':>8}{'>= 0.5':>8}{'>= 0.7':>8}", end="")
+    print(f"{'on grid':>9}{'>= 0.5':>8}{'>= 0.7':>8}")
+    for anchors in table["sets"]:
+        of = anchors["splits"][split]
+        shares = [of[place][what] for place in ("centred", "placed") for what in ("mean_iou", "at_50", "at_70")]
+        print(f"{anchors['name']:34}" + "".join(f"{share:>{9 if i == 3 else 8}.3f}" for i, share in enumerate(shares)))
 
 
 class Progress:

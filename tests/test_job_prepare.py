@@ -97,6 +97,16 @@ def test_what_cannot_be_compared_is_told_with_exit_code_3(tmp_path, capsys):
     assert (tmp_path / "mine" / "passport.html").exists()
 
 
+def test_the_table_of_anchors_is_printed(capsys):
+    overlaps = {"mean_iou": 0.7016, "at_50": 0.9996, "at_70": 0.509}
+    split = {"boxes": 4889, "centred": overlaps, "placed": overlaps | {"mean_iou": 0.661}}
+    job.print_anchors({"shown_split": "val", "sets": [{"name": "MP3D", "splits": {"val": split}}]})
+    job.print_anchors(None)  # no box anywhere
+    head, row = (line.split() for line in capsys.readouterr().out.splitlines())
+    assert head[:5] == ["anchors,", "4889", "boxes", "of", "val"]
+    assert row == ["MP3D", "0.702", "1.000", "0.509", "0.661", "1.000", "0.509"]
+
+
 def test_compare_belongs_to_the_report(pictures, capsys):
     assert call("--compare", "held", "pictures", "--root", "in") == 2
     assert "give --report too" in capsys.readouterr().err
