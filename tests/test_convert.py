@@ -58,10 +58,12 @@ def test_a_detector_of_the_authors_moves_whole(
     pairs = {
         "neck.lateral_convs.2.conv.weight": "backbone.fpn.inner_blocks.2.0.weight",
         "rpn_head.rpn_reg.bias": "rpn.head.bbox_pred.bias",
-        "bbox_head.fc_reg.weight": "roi_heads.box_predictor.bbox_pred.weight",
+        "bbox_head.fc_cls.weight": "roi_heads.box_predictor.cls_score.weight",
     }
     for theirs, ours in pairs.items():
         assert torch.equal(state[ours], heads[theirs].float())
+    boxes = heads["bbox_head.fc_reg.weight"].float()
+    assert torch.equal(state["roi_heads.box_predictor.bbox_pred.weight"], boxes[4:]), "the background has no box here"
     report = json.loads((tmp_path / "out" / "transfer.json").read_text())
     assert sorted(report["moved"]) == sorted(state)
     assert report["unused"] == ["module.mask_head.conv.weight"]

@@ -136,6 +136,8 @@ class Conv(nn.Module):
         self.kernel = kernel
         self.stride, self.z_stride = stride, z_stride
         self.weight = nn.Parameter(torch.empty(out_channels, in_channels, *kernel))
+        self.bias: Tensor | None = None
+        """Of a batch norm that was fused into it."""
         nn.init.xavier_uniform_(self.weight)
 
     def forward(self, x: Float[Tensor, "nd c h w"], z: AlongZ) -> Float[Tensor, "_ o h2 w2"]:
@@ -148,16 +150,16 @@ class Conv(nn.Module):
         if kd == 1 and self.z_stride > 1:
             x = fold(unfold(x, z.depth(x))[:, :, :: self.z_stride])
         if kd == 1:
-            return F.conv2d(x, self.weight.squeeze(2), stride=stride, padding=(kh // 2, kw // 2))
+            return F.conv2d(x, self.weight.squeeze(2), self.bias, stride=stride, padding=(kh // 2, kw // 2))
         x, depth, padding = z.with_neighbours(x, reach=kd // 2)
         if kh == kw == 1:
             columns = F.conv2d(
-                to_columns(x, depth), self.weight.squeeze(4), stride=(self.z_stride, 1), padding=(padding, 0)
+                to_columns(x, depth), self.weight.squeeze(4), self.bias, (self.z_stride, 1), padding=(padding, 0)
             )
             return from_columns(columns, *x.shape[2:])
         paddings = (padding, kh // 2, kw // 2)
         strides = (self.z_stride, stride, stride)
-        return fold(F.conv3d(unfold(x, depth), self.weight, stride=strides, padding=paddings))
+        return fold(F.conv3d(unfold(x, depth), self.weight, self.bias, strides, paddings))
 
     def extra_repr(self) -> str:
         out_channels, in_channels = self.weight.shape[:2]
@@ -214,3 +216,22 @@ class ConvNorm(nn.Module):
         if self.over_clip:
             return from_columns(self.norm(to_columns(x, z.depth(x))), *x.shape[2:])
         return self.norm(x)
+
+    @torch.no_grad()
+    def fuse(self) -> None:
+        """Takes the stored statistics of a batch norm into the convolution, for inference and for good."""
+        if not isinstance(self.norm, nn.BatchNorm2d):
+            return
+        norm, weight = self.norm, self.conv.weight
+        assert norm.running_mean is not None and norm.running_var is not None
+        scale = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
+        weight.copy_(weight.double() * scale.view(-1, 1, 1, 1, 1))
+        self.conv.bias = (norm.bias.double() - norm.running_mean.double() * scale).to(weight)
+        self.norm = nn.Identity()
+
+
+def fuse_batch_norms(model: nn.Module) -> None:
+    """Every batch norm behind a convolution of a model, in place; see :meth:`ConvNorm.fuse`."""
+    for module in model.modules():
+        if isinstance(module, ConvNorm):
+            module.fuse()
