@@ -13,7 +13,7 @@ from mp3d.config import BackboneName, ClassificationHead, ClipConfig, ModelConfi
 from mp3d.device import checked_precision, compile_layers, ready_for_inference
 from mp3d.models import build_model, folded
 from mp3d.models.backbone import build_backbone
-from mp3d.models.folded import ConvNorm, WholeClips, fold, fuse_batch_norms
+from mp3d.models.folded import ConvNorm, fold, fuse_batch_norms
 from mp3d.models.stream import stream_backbone
 from mp3d.sample import Clip
 from tests import formula

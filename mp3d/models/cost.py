@@ -1,5 +1,5 @@
-"""What a model costs, before a run: parameters, floating-point operations, memory of a training step. Nothing is computed
-and no weight is allocated: the very model goes through its layers with shapes only.
+"""What a model costs, before a run: parameters, floating-point operations, memory of a training step. Nothing is
+computed and no weight allocated: the very model goes through its layers with shapes only.
 """
 
 from dataclasses import dataclass
@@ -129,8 +129,8 @@ def _kept_bytes(network: nn.Module, batch: ClipBatch, autocast: torch.dtype | No
         kept[storage._cdata] = storage
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        with torch.autocast("cpu", autocast, enabled=autocast is not None):
-            _forward(network, batch)
+    hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+    with hooks, torch.autocast("cpu", autocast, enabled=autocast is not None):
+        _forward(network, batch)
     weights = {parameter.untyped_storage()._cdata for parameter in network.parameters()}
     return sum(storage.nbytes() for key, storage in kept.items() if key not in weights)
