@@ -7,6 +7,7 @@ from torch import Tensor
 from mp3d.config import BackboneName, ClassificationHead, ClipConfig, DetectionHead, ModelConfig, SegmentationHead
 from mp3d.models import build_model
 from mp3d.models.cost import estimate
+from mp3d.models.folded import NormKind
 from mp3d.sample import Clip, Target
 
 PUBLISHED = {
@@ -71,7 +72,7 @@ def really_kept(model: ModelConfig) -> int:
     ("backbone", "norm", "frozen_stages"),
     [("mp3d18ba", "slice_gn", -1), ("mp3d18ba", "slice_gn", 1), ("resnet3d18", "bn", -1)],
 )
-def test_memory_is_that_of_a_real_step(kind: str, frozen_stages: int, backbone: BackboneName, norm: str):
+def test_memory_is_that_of_a_real_step(kind: str, frozen_stages: int, backbone: BackboneName, norm: NormKind):
     """But for losses and anchors, which are small at a real width."""
     head, _ = HEADS[kind]
     model = ModelConfig(backbone=backbone, norm=norm, width=0.25, frozen_stages=frozen_stages, head=head)

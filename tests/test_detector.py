@@ -243,7 +243,7 @@ def test_parameter_counts_of_the_published_detectors(backbone: BackboneName, exp
 
 def test_parameter_counts_of_the_published_parts():
     with torch.device("meta"):
-        model = build_model(ModelConfig(), ClipConfig())
+        model = LesionDetector(ModelConfig(), ClipConfig())
     counts = [
         sum(each.numel() for each in part.parameters()) for part in (model.backbone.fpn, model.rpn, model.roi_heads)
     ]

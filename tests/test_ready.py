@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mp3d.config import BackboneName, ClassificationHead, ClipConfig, ModelConfig, SegmentationHead
+from mp3d.config import BackboneName, ClassificationHead, ClipConfig, DetectionHead, ModelConfig, SegmentationHead
 from mp3d.device import checked_precision, compile_layers, ready_for_inference
 from mp3d.models import build_model, folded
 from mp3d.models.backbone import build_backbone
@@ -24,7 +24,7 @@ CPU = torch.device("cpu")
 
 @pytest.mark.parametrize("norm", ["bn", "frozen_bn"])
 @pytest.mark.parametrize("name", ["mp3d18ba", "mp3d63", "resnet3d18_v1c", "resnet3d50", "p3d18ba"])
-def test_fused_batch_norms_give_the_same_features(name: BackboneName, norm: str):
+def test_fused_batch_norms_give_the_same_features(name: BackboneName, norm: folded.NormKind):
     model = ModelConfig(backbone=name, width=0.125, norm=norm)
     backbone = build_backbone(model).double().eval()
     formula.fill(backbone, str)
@@ -65,7 +65,7 @@ def test_a_model_is_ready_once_it_is_fused_and_checked():
 
 @pytest.mark.parametrize("norm", ["slice_gn", "bn"])
 @pytest.mark.parametrize("training", [True, False])
-def test_the_check_leaves_the_model_and_the_generators_alone(norm: str, training: bool):
+def test_the_check_leaves_the_model_and_the_generators_alone(norm: folded.NormKind, training: bool):
     model = build_model(ModelConfig(backbone="mp3d18ba", width=0.125, norm=norm), CLIP).train(training)
     before, state = torch.get_rng_state(), copy.deepcopy(model.state_dict())
     assert checked_precision(model, CLIP, torch.bfloat16) == torch.bfloat16
@@ -99,11 +99,13 @@ def test_wrong_kernels_of_half_precision_are_found(
 @pytest.mark.parametrize(
     ("head", "expected"),
     [
-        ({}, ["FoldedResNet", "FoldedResNet.with_stem", "FeaturePyramidNetwork", "Float32RPNHead"]),
-        ({"head": SegmentationHead(channels=4)}, ["FoldedResNet", "FoldedResNet.with_stem"]),
+        (DetectionHead(), ["FoldedResNet", "FoldedResNet.with_stem", "FeaturePyramidNetwork", "Float32RPNHead"]),
+        (SegmentationHead(channels=4), ["FoldedResNet", "FoldedResNet.with_stem"]),
     ],
 )
-def test_layers_of_known_shapes_are_compiled(head: dict, expected: list[str], monkeypatch: pytest.MonkeyPatch):
+def test_layers_of_known_shapes_are_compiled(
+    head: DetectionHead | SegmentationHead, expected: list[str], monkeypatch: pytest.MonkeyPatch
+):
     compiled = []
 
     def record(function, **options):
@@ -112,7 +114,7 @@ def test_layers_of_known_shapes_are_compiled(head: dict, expected: list[str], mo
         return function
 
     monkeypatch.setattr(torch, "compile", record)
-    compile_layers(build_model(ModelConfig(backbone="mp3d18ba", width=0.125, **head), CLIP))
+    compile_layers(build_model(ModelConfig(backbone="mp3d18ba", width=0.125, head=head), CLIP))
     assert compiled == expected
 
 
@@ -128,8 +130,8 @@ def test_compiled_layers_compute_the_same(kind: str, monkeypatch: pytest.MonkeyP
 
     plain_compile = torch.compile
     monkeypatch.setattr(torch, "compile", lambda f, **options: plain_compile(f, backend=eager, **options))
-    head = {} if kind == "detection" else {"head": SegmentationHead(channels=4)}
-    model = build_model(ModelConfig(backbone="mp3d18ba", width=0.125, **head), CLIP).eval()
+    head = DetectionHead() if kind == "detection" else SegmentationHead(channels=4)
+    model = build_model(ModelConfig(backbone="mp3d18ba", width=0.125, head=head), CLIP).eval()
     keys = list(model.state_dict())
     clip = Clip(torch.randint(0, 255, (3, 64, 64), dtype=torch.uint8), (1,))
     name = "boxes" if kind == "detection" else "mask_logits"

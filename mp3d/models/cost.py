@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mp3d.config import ClipConfig, ModelConfig
 from mp3d.models import ClipClassifier, ClipSegmenter, LesionDetector, build_model
-from mp3d.models.backbone import WindowFPN
+from mp3d.models.backbone import KeySliceFPN, WindowFPN
 from mp3d.models.faster_rcnn import ROI_SIZE
 from mp3d.models.resnet import FoldedResNet
 from mp3d.models.transform import PAD_MULTIPLE, ClipBatch
@@ -88,7 +88,7 @@ def _backbone(network: nn.Module, batch: ClipBatch) -> None:
     match network:
         case LesionDetector(backbone=WindowFPN() as neck):
             neck.middle_slices(x, keys)
-        case LesionDetector(backbone=neck):
+        case LesionDetector(backbone=KeySliceFPN() as neck):
             for transform, features in zip(neck.group_transforms, neck.backbone(x), strict=True):
                 transform(features, keys)
         case _:
