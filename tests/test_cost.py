@@ -23,12 +23,8 @@ def test_operations_of_the_published_backbones(backbone: BackboneName):
     cost = estimate(ModelConfig(backbone=backbone, to_2d=to_2d), ClipConfig(), 512)
     assert round(cost.backbone_flops / 1e9, 3) == PUBLISHED[backbone]
     assert cost.parameters == cost.trained
-
-
-def test_operations_of_the_head():
-    """Feature pyramid 29.7 GFLOP, proposals 25.9, boxes 27.8 for a thousand of them."""
-    cost = estimate(ModelConfig(), ClipConfig(), 512)
-    assert (cost.flops - cost.backbone_flops) / 1e9 == pytest.approx(29.7 + 25.9 + 27.8, abs=0.1)
+    if backbone == "mp3d63":  # feature pyramid, proposals, boxes of a thousand of them
+        assert (cost.flops - cost.backbone_flops) / 1e9 == pytest.approx(29.7 + 25.9 + 27.8, abs=0.1)
 
 
 def test_a_slab_costs_its_slices_and_its_key_slices():
@@ -67,10 +63,14 @@ def really_kept(model: ModelConfig) -> int:
     return sum(size for address, (size, _) in kept.items() if address not in weights)
 
 
-@pytest.mark.parametrize("kind", HEADS)
 @pytest.mark.parametrize(
-    ("backbone", "norm", "frozen_stages"),
-    [("mp3d18ba", "slice_gn", -1), ("mp3d18ba", "slice_gn", 1), ("resnet3d18", "bn", -1)],
+    ("kind", "backbone", "norm", "frozen_stages"),
+    [
+        ("detection", "mp3d18ba", "slice_gn", -1),
+        ("detection", "mp3d18ba", "slice_gn", 1),
+        ("classification", "resnet3d18", "bn", -1),
+        ("segmentation", "resnet3d18", "slice_gn", -1),
+    ],
 )
 def test_memory_is_that_of_a_real_step(kind: str, frozen_stages: int, backbone: BackboneName, norm: NormKind):
     """But for losses and anchors, which are small at a real width."""
