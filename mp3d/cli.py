@@ -186,6 +186,7 @@ def train_command(command: Command[TrainConfig], next_step: str) -> int:
         print_plan(training_plan(config))
         return 0
     ensure_shards(command.config.shards)
+    print_plan(cost_plan(config))
     run_training(config)
     best = open_checkpoint(run_dir)
     print(f"best checkpoint: {best.path} (epoch {best.epoch}, score {best.score:.4f})")
@@ -232,6 +233,7 @@ def training_plan(config: TrainConfig) -> dict[str, Any]:
         "start from": config.init_from or "random weights",
         "model": f"{model.backbone} x{model.width:g}, norm {model.norm}, {model.head.kind} head"
         + (", anchors fitted to the shards" if model.head.kind == "detection" and model.head.anchors == "fit" else ""),
+        **cost_plan(config),
         "clip": f"{clip.depth} slices, {clip.slice_spacing_mm or 'their own'} mm apart, {clip.image_size} px"
         + (f" of {clip.pixel_spacing_mm or 'their own'} mm, block: {clip.block}" if clip.block else ""),
         "training": f"{loop.epochs} epochs of {loop.steps_per_epoch or 'all'} steps, "
@@ -240,4 +242,30 @@ def training_plan(config: TrainConfig) -> dict[str, Any]:
         "runs on": f"{config.launch.runner}, {loop.num_workers} x {config.launch.cpus_per_worker:g} CPU, "
         f"accelerator {config.launch.accelerator}, precision {loop.precision}",
         "tracking": f"W&B {tracking_mode(config.tracking.mode)}, project {config.tracking.project}",
+    }
+
+
+def cost_plan(config: TrainConfig) -> dict[str, str]:
+    """Size of the model, operations of a clip, and the memory that a training step keeps, in words."""
+    import torch
+
+    from mp3d.device import pick_device, resolve_precision
+    from mp3d.models.cost import estimate
+
+    clip, loop = config.clip, config.loop
+    largest = max(config.augment.image_sizes or (clip.image_size,))
+    half = loop.precision in ("bf16", "fp16")
+    if loop.precision == "auto":
+        half = config.launch.accelerator == "gpu" or resolve_precision("auto", pick_device(config.launch.accelerator))
+    dtype = torch.bfloat16 if half else None
+    inferred = estimate(config.model, clip, clip.image_size, dtype)
+    trained = inferred if largest == clip.image_size else estimate(config.model, clip, largest, dtype)
+    step = trained.of_step(loop.batch_size, adam=config.optim.algorithm != "sgd")
+    frozen = inferred.parameters - inferred.trained
+    return {
+        "parameters": f"{inferred.parameters:,}" + (f", {frozen:,} of them frozen" if frozen else ""),
+        "computation": f"{inferred.flops / 1e9:.4g} GFLOP a clip of {clip.image_size} px "
+        f"({inferred.backbone_flops / 1e9:.4g} in the backbone), about three times that in training",
+        "memory": f"about {step / 2**30:.2g} GiB for a step of {loop.batch_size} clips of {largest} px in "
+        f"{'half precision' if half else 'float32'}, and the workspaces of the kernels",
     }

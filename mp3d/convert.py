@@ -46,6 +46,8 @@ from mp3d.recipes import PICTURE_CLIP
 READING = Limits(memory_bytes=8 * 2**30, cpu_s=120, wall_s=300)
 """Address space, of which torch's libraries take three gigabytes."""
 VALUES_AT_ONCE = SHARED_BYTES // 8
+BOXES = "roi_heads.box_predictor.bbox_pred"
+"""MMDetection 1 has a box of the background too, the first, which is never trained."""
 LABEL = "the file of released weights"
 
 
@@ -217,6 +219,9 @@ def fill(model: nn.Module, file: ReleasedFile, plan: Plan, config: ConvertConfig
             rule = config.inflate if shape[2] > 1 else "centre"
             tensor.copy_(inflate(file.tensor(name), shape, rule, config.colours))
             (inflated if prod(shape) != prod(source_shape) else moved).append(key)
+        elif source_shape and key.startswith(BOXES) and source_shape == (shape[0] + 4, *shape[1:]):
+            tensor.copy_(file.tensor(name)[4:])
+            moved.append(key)
         else:
             reinitialised.append(Reinitialised(key, shape, source_shape))
     used = {sources[key] for key in [*moved, *inflated]}

@@ -1,19 +1,32 @@
-"""Where a model computes, and in which number format."""
+"""Where a model computes, in which number format, and whether that gives the right numbers."""
 
 import ctypes
+import logging
 from contextlib import AbstractContextManager, nullcontext
 from typing import Literal
 
 import torch
+from torch import nn
+from torch.func import functional_call
 
+from mp3d.config import ClipConfig
 from mp3d.errors import ConfigError, ResourceError
+from mp3d.models.folded import fuse_batch_norms
+from mp3d.models.resnet import FoldedResNet
 
 DeviceName = Literal["auto", "cpu", "gpu"]
 PrecisionName = Literal["auto", "fp32", "bf16", "fp16"]
 
+logger = logging.getLogger(__name__)
+
 CPU_BF16_FEATURES = ("avx512_bf16", "amx_bf16")
 """Instruction sets that multiply bfloat16 in hardware; everything else emulates it, slower than float32."""
 
+
+MAX_DIFFERENCE = 0.25
+"""Of a stage's features in half precision from those in float32, relative to their norm. Rounding makes a few
+hundredths of MP3D-63; a wrong kernel makes one.
+"""
 
 M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8
 """Parameters of ``mallopt`` in GNU's ``malloc.h``."""
@@ -78,6 +91,70 @@ def inference_dtype(trained_in: PrecisionName, device: torch.device) -> torch.dt
 def autocast(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager:
     """Autocast to what :func:`resolve_precision` returned; does nothing for None."""
     return nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype)
+
+
+def ready_for_inference(
+    model: nn.Module, clip: ClipConfig, trained_in: PrecisionName, device: torch.device, *, compiled: bool = False
+) -> torch.dtype | None:
+    """Puts a trained model on its device, in evaluation mode, its batch norms fused, and checks its precision.
+
+    Args:
+        compiled: compile it too (:func:`compile_layers`).
+
+    Returns:
+        What it is to compute in, for :func:`autocast`.
+    """
+    model.to(device).eval()
+    fuse_batch_norms(model)
+    dtype = checked_precision(model, clip, inference_dtype(trained_in, device))
+    if compiled:
+        compile_layers(model)
+    return dtype
+
+
+def compile_layers(model: nn.Module) -> None:
+    """Have ``torch.compile`` make kernels, at the first call, of the layers whose shapes are known: the backbone on
+    whole clips, the feature pyramid, the head of the region proposal network. It takes minutes, again for every new
+    shape. A series that is streamed has the latter two only.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, FoldedResNet) or name.endswith((".fpn", "rpn.head")):
+            module.compile(dynamic=False)
+        if isinstance(module, FoldedResNet):
+            module.with_stem = torch.compile(module.with_stem, dynamic=False)
+
+
+def checked_precision(model: nn.Module, clip: ClipConfig, dtype: torch.dtype | None) -> torch.dtype | None:
+    """``dtype`` where the model's 3D backbone gives the same features in it as in float32, on a made clip of the real
+    shape; else None, which is float32, with a warning. Kernels for half precision were wrong on some devices before.
+
+    The model is left as it was, its batch statistics too.
+    """
+    if dtype is None:
+        return None
+    (backbone,) = (module for module in model.modules() if isinstance(module, FoldedResNet))
+    device = next(backbone.parameters()).device
+    x = torch.randn(1, 1, clip.depth, clip.image_size, clip.image_size, generator=torch.Generator().manual_seed(0))
+    x = x.to(device)
+
+    def features() -> list[torch.Tensor]:
+        buffers = {name: buffer.clone() for name, buffer in backbone.named_buffers()}
+        return [each.float() for each in functional_call(backbone, buffers, (x,))]
+
+    with torch.no_grad():
+        exact = features()
+        with autocast(device, dtype):
+            rounded = features()
+    for number, (a, b) in enumerate(zip(exact, rounded, strict=True), start=1):
+        difference = ((a - b).norm() / a.norm()).item()
+        if not difference <= MAX_DIFFERENCE:
+            logger.warning(
+                "%s on %s gives other features than float32: stage %d of the backbone is off by %.3g (at most %g is "
+                "rounding); float32 is used instead",
+                str(dtype).removeprefix("torch."), device, number, difference, MAX_DIFFERENCE,
+            )  # fmt: skip
+            return None
+    return dtype
 
 
 def _computes_in_bf16(device: torch.device) -> bool:

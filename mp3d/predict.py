@@ -30,7 +30,7 @@ from mp3d.checkpoint import Checkpoint, open_checkpoint
 from mp3d.config import ClipConfig, DetectionHead
 from mp3d.data.clips import SeriesGrid, resample_z, series_grid
 from mp3d.data.series import Volume
-from mp3d.device import DeviceName, autocast, inference_dtype, pick_device
+from mp3d.device import DeviceName, autocast, pick_device, ready_for_inference
 from mp3d.errors import CheckpointError
 from mp3d.models import LesionDetector, build_model
 from mp3d.models.stream import check_streamable, stream_predictions
@@ -100,11 +100,13 @@ class Predictor:
         checkpoint: Checkpoint | str | Path,
         device: DeviceName = "auto",
         mode: SeriesMode | Literal["auto"] = "auto",
+        compiled: bool = False,
     ) -> Self:
         """Load a checkpoint, or the best one of a run.
 
         Args:
             mode: ``auto`` is what the checkpoint was trained for or measured to bear (:func:`best_mode`).
+            compiled: by ``torch.compile``, in minutes (:func:`mp3d.device.compile_layers`).
 
         Raises:
             CheckpointError: none there, damaged, of another version, or of a model that detects nothing.
@@ -128,15 +130,9 @@ class Predictor:
                 f"the weights of {checkpoint.path} do not fit the model of its config; "
                 f"another version of the program wrote it: {error}"
             ) from error
-        model.to(place).eval()
-        return cls(
-            model,
-            checkpoint.config.clip,
-            head.box_nms_iou,
-            place,
-            inference_dtype(checkpoint.config.loop.precision, place),
-            mode,
-        )
+        clip, trained_in = checkpoint.config.clip, checkpoint.config.loop.precision
+        dtype = ready_for_inference(model, clip, trained_in, place, compiled=compiled)
+        return cls(model, clip, head.box_nms_iou, place, dtype, mode)
 
     def find_lesions(
         self,

@@ -23,7 +23,7 @@ from mp3d.config import ClipConfig
 from mp3d.data.blocks import axis_steps, resample_plane
 from mp3d.data.clips import resample_z
 from mp3d.data.regrid import AIR_HU
-from mp3d.device import DeviceName, autocast, inference_dtype, pick_device
+from mp3d.device import DeviceName, autocast, pick_device, ready_for_inference
 from mp3d.errors import CheckpointError
 from mp3d.models import ClipSegmenter, build_model
 from mp3d.sample import Clip
@@ -91,8 +91,7 @@ class VolumeSegmenter:
             )
         place = pick_device(device)
         model.load_state_dict(checkpoint.model_state())
-        model.to(place).eval()
-        return cls(model, config.clip, place, inference_dtype(config.loop.precision, place))
+        return cls(model, config.clip, place, ready_for_inference(model, config.clip, config.loop.precision, place))
 
     def segment(
         self, hu: Int16[np.ndarray, "d h w"], spacing_mm: tuple[float, float, float]

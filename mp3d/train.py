@@ -34,7 +34,7 @@ from mp3d.data.batches import (
 )
 from mp3d.data.samples import Sample, annotated_samples, classified_samples, masked_samples, tile_samples
 from mp3d.data.shard import ShardSet, cached, open_shards
-from mp3d.device import autocast, resolve_precision
+from mp3d.device import autocast, checked_precision, compile_layers, resolve_precision
 from mp3d.errors import ConfigError, Mp3dError
 from mp3d.evaluation import predict_clips
 from mp3d.metrics import build_metric
@@ -176,7 +176,9 @@ def start(config: TrainConfig, session: Session, steps_per_epoch: int) -> Run:
     """Model and optimiser of a new run, the same on every rank."""
     torch.manual_seed(config.loop.seed)
     model = build_model(config.model, config.clip).to(session.device)
-    dtype = resolve_precision(config.loop.precision, session.device)
+    dtype = checked_precision(model, config.clip, resolve_precision(config.loop.precision, session.device))
+    if config.loop.compile:
+        compile_layers(model)
     scaler = torch.amp.GradScaler(session.device.type, enabled=dtype == torch.float16)
     optimizer = build_optimizer(model.parameters(), config.optim)
     if session.world_size > 1:

@@ -15,7 +15,9 @@ from mp3d.evaluation import KeySlicePredictor
 from mp3d.launch import run_training
 from mp3d.models import build_model
 from mp3d.models.released import authors_shapes, our_name
+from mp3d.models.transfer import initialise_backbone
 from mp3d.predict import Predictor
+from mp3d.recipes import deeplesion_acs18, deeplesion_i3d18, deeplesion_resnet2d50
 from mp3d.sample import Clip
 from tests.released_files import FASTER_RCNN, made_state, save, wrapped
 from tests.test_transfer import planar
@@ -58,10 +60,12 @@ def test_a_detector_of_the_authors_moves_whole(
     pairs = {
         "neck.lateral_convs.2.conv.weight": "backbone.fpn.inner_blocks.2.0.weight",
         "rpn_head.rpn_reg.bias": "rpn.head.bbox_pred.bias",
-        "bbox_head.fc_reg.weight": "roi_heads.box_predictor.bbox_pred.weight",
+        "bbox_head.fc_cls.weight": "roi_heads.box_predictor.cls_score.weight",
     }
     for theirs, ours in pairs.items():
         assert torch.equal(state[ours], heads[theirs].float())
+    boxes = heads["bbox_head.fc_reg.weight"].float()
+    assert torch.equal(state["roi_heads.box_predictor.bbox_pred.weight"], boxes[4:]), "the background has no box here"
     report = json.loads((tmp_path / "out" / "transfer.json").read_text())
     assert sorted(report["moved"]) == sorted(state)
     assert report["unused"] == ["module.mask_head.conv.weight"]
@@ -128,6 +132,26 @@ def test_torchvisions_network_answers_the_same_in_3d(tmp_path: Path):
         expected = network(batch.tensors[:, 0])
         for prediction, logits in zip(model(clips, image_size=64), expected, strict=True):
             torch.testing.assert_close(prediction["logits"], logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "options"),
+    [
+        (deeplesion_i3d18, {"inflate": "mean"}),
+        (deeplesion_acs18, {"inflate": "acs"}),
+        (deeplesion_resnet2d50, {"backbone": "resnet2d50"}),
+    ],
+)
+def test_recipes_of_the_comparisons_start_from_torchvisions_networks(tmp_path: Path, recipe, options: dict):
+    """As their docstrings say: every tensor of the backbone has a counterpart."""
+    config = recipe()
+    file = save(planar(config.model.backbone.removeprefix("resnet")[2:]).state_dict(), tmp_path / "resnet.pth")
+    convert(file, ConvertConfig(out=str(tmp_path / "out"), **options))
+    model = build_model(config.model, config.clip)
+    report = initialise_backbone(model, open_checkpoint(tmp_path / "out").model_state())
+    prefix = "backbone.backbone."
+    assert sorted(report.moved) == sorted(key for key in model.state_dict() if key.startswith(prefix))
+    assert all(key.startswith("fc.") for key in report.unused)
 
 
 def test_torchvisions_network_stays_2d_where_that_is_asked(tmp_path: Path):

@@ -8,7 +8,18 @@ from torch import Tensor, nn
 from mp3d.config import ModelConfig
 from mp3d.errors import ConfigError
 from mp3d.models.backbone import KeySliceFPN, build_backbone
-from mp3d.models.folded import Conv, ConvNorm, Norm, WholeClips, fold, from_columns, max_pool, to_columns, unfold
+from mp3d.models.folded import (
+    Conv,
+    ConvNorm,
+    Norm,
+    WholeClips,
+    fold,
+    from_columns,
+    max_pool,
+    max_pool_z,
+    to_columns,
+    unfold,
+)
 from mp3d.models.mp3d import BasicBlock, Bottleneck, UnitA, UnitB, UnitC, build_mp3d
 from mp3d.models.released import authors_name
 from mp3d.models.resnet import FoldedResNet
@@ -118,7 +129,21 @@ def test_folded_convolution_equals_conv3d(kernel, stride):
 def test_folded_pool_equals_max_pool3d(depth):
     x = clip(2, 3, depth, 9, 6)
     expected = F.max_pool3d(x, kernel_size=3, stride=(1, 2, 2), padding=1)
-    assert torch.equal(unfold(max_pool(fold(x), WholeClips(2)), depth), expected)
+    for with_gradient in (True, False):
+        with torch.set_grad_enabled(with_gradient):
+            pooled = max_pool(fold(x), WholeClips(2))
+        assert torch.equal(unfold(pooled, depth), expected)
+        assert depth == 1 or pooled.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("with_gradient", [True, False])
+def test_pools_over_z_of_the_p3d_equal_max_pool3d(with_gradient):
+    x = clip(2, 3, 9, 4, 5)
+    with torch.set_grad_enabled(with_gradient):
+        strided = max_pool_z(fold(x), WholeClips(2), stride=2)
+        bare = max_pool_z(fold(x), WholeClips(2), padded=False)
+    assert torch.equal(unfold(strided, 5), F.max_pool3d(x, (3, 1, 1), (2, 1, 1), (1, 0, 0)))
+    assert torch.equal(unfold(bare, 7), F.max_pool3d(x, (3, 1, 1), 1))
 
 
 def reference(layer: ConvNorm, x: Tensor) -> Tensor:

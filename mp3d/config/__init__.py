@@ -129,6 +129,10 @@ class LoopConfig(Config):
     """Training processes; the global batch is ``batch_size * num_workers``."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """auto: bf16 where the device computes in it, else fp32."""
+    compile: bool = False
+    """Have torch.compile make kernels of the backbone, the feature pyramid and the head of the proposals: minutes at
+    the start and for every size of ``augment.image_sizes``, faster steps afterwards.
+    """
     negatives: NonNegativeFloat = 0.0
     """Slices without a lesion drawn per slice with one, from series that were searched completely."""
     max_validation_clips: PositiveInt | None = None
@@ -229,6 +233,8 @@ class ServeConfig(Config):
     """How a series is read (``mp3d/predict.py``); auto: as the checkpoint was trained, streamed where its evaluation
     allows it.
     """
+    compile: bool = False
+    """Have torch.compile make kernels first, in minutes; see ``LoopConfig``. In mode stream the backbone has none."""
     score_threshold: Fraction = 0.3
     """Findings below it are not reported."""
     max_findings: PositiveInt = 200

@@ -2,12 +2,16 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from mp3d.config.base import Config, Fraction
 
 UNKNOWN = 255
 """Value of a mask where nobody said what is there: it is neither trained on nor judged."""
+
+
+BoxStds = tuple[PositiveFloat, PositiveFloat, PositiveFloat, PositiveFloat]
+"""Standard deviations of a box coder, of x, y, width and height."""
 
 
 class DetectionHead(Config):
@@ -27,8 +31,18 @@ class DetectionHead(Config):
     """
     rpn_positive_iou: Fraction = 0.7
     rpn_negative_iou: Fraction = 0.3
+    rpn_min_positive_iou: Fraction = 0.3
+    """The anchor that overlaps a box most is positive from this overlap on, be it below ``rpn_positive_iou``."""
+    rpn_border_px: NonNegativeFloat | None = 0.0
+    """Anchors that leave the picture by more are not trained; None: all are."""
     rpn_samples: PositiveInt = 256
-    """Anchors per key slice that enter the loss, at most half of them positive."""
+    """Anchors per key slice that enter the loss."""
+    rpn_positive_fraction: Fraction = 0.5
+    """Of them at most so many positive."""
+    rpn_stds: BoxStds = (1.0, 1.0, 1.0, 1.0)
+    """What the network learns as one unit of x, y (in anchor sizes) and of log width and height."""
+    rpn_beta: PositiveFloat = 1 / 9
+    """Where the SmoothL1 of the anchors' boxes turns from square to linear."""
     rpn_nms_iou: Fraction = 0.7
     rpn_pre_nms: tuple[PositiveInt, PositiveInt] = (2000, 2000)
     """Best anchors per level that enter NMS, in training and in evaluation."""
@@ -37,7 +51,16 @@ class DetectionHead(Config):
     box_iou: Fraction = 0.5
     """A proposal is positive from this overlap on and negative below it."""
     box_samples: PositiveInt = 512
-    """Proposals per key slice that enter the loss, at most a quarter of them positive."""
+    """Proposals per key slice that enter the loss."""
+    box_positive_fraction: Fraction = 0.25
+    box_stds: BoxStds = (0.1, 0.1, 0.2, 0.2)
+    """As ``rpn_stds``, of proposals."""
+    box_beta: PositiveFloat = 1.0
+    """As ``rpn_beta``."""
+    roi_samples: NonNegativeInt = 0
+    """Points per bin of RoIAlign and axis; 0: as many as the bin has cells."""
+    roi_aligned: bool = True
+    """RoIAlign takes a value for the centre of its cell."""
     box_features: PositiveInt = 1024
     """Width of the two fully connected layers."""
     score_threshold: Fraction = 0.0

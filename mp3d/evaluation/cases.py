@@ -17,7 +17,7 @@ from mp3d.config import UNKNOWN, ClassificationHead, EvaluateConfig, ModelConfig
 from mp3d.data.batches import ClipDataset, evaluation_batches
 from mp3d.data.samples import Sample, classified_samples, masked_samples
 from mp3d.data.shard import SeriesEntry, ShardSet, decode_image, decode_truth, open_shards
-from mp3d.device import inference_dtype, pick_device
+from mp3d.device import pick_device, ready_for_inference
 from mp3d.errors import ConfigError, DataError
 from mp3d.evaluation.key_slices import predict_clips
 from mp3d.metrics.accuracy import top_k_accuracy
@@ -110,10 +110,9 @@ class CasePredictor:
         self.config, self.clip = config, checkpoint.config.clip
         self.shards = open_shards(config.shards)
         self.device = pick_device(config.accelerator)
-        self.dtype = inference_dtype(checkpoint.config.loop.precision, self.device)
-        self.model = build_model(checkpoint.config.model, self.clip).to(self.device)
+        self.model = build_model(checkpoint.config.model, self.clip)
         self.model.load_state_dict(checkpoint.model_state())
-        self.model.eval()
+        self.dtype = ready_for_inference(self.model, self.clip, checkpoint.config.loop.precision, self.device)
 
     def __call__(self, samples: Sequence[Sample]) -> list[Case]:
         if isinstance(self.model, ClipSegmenter) and self.clip.block is not None:

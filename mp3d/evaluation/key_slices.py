@@ -24,7 +24,7 @@ from mp3d.data.batches import Batch, ClipDataset, SliceInfo, evaluation_batches,
 from mp3d.data.clips import series_grid, stored_slices
 from mp3d.data.samples import Sample, annotated_samples
 from mp3d.data.shard import ShardSet, decode_image, open_shards
-from mp3d.device import autocast, inference_dtype, pick_device
+from mp3d.device import autocast, pick_device, ready_for_inference
 from mp3d.errors import ConfigError, DataError
 from mp3d.metrics.average_precision import average_precision
 from mp3d.metrics.froc import MP3D_PORT, FrocProtocol, FrocResult, froc
@@ -210,12 +210,12 @@ class KeySlicePredictor:
         self.clip = checkpoint.config.clip
         self.shards = open_shards(config.shards)
         self.device = pick_device(config.accelerator)
-        self.dtype = inference_dtype(checkpoint.config.loop.precision, self.device)
         torch.manual_seed(checkpoint.config.loop.seed)
-        self.model = build_model(checkpoint.config.model, self.clip).to(self.device)
+        self.model = build_model(checkpoint.config.model, self.clip)
         if variant != "without training":
             checkpoint.check_trained()
             self.model.load_state_dict(checkpoint.model_state())
+        self.dtype = ready_for_inference(self.model, self.clip, checkpoint.config.loop.precision, self.device)
 
     def __call__(self, samples: list[Sample]) -> list[KeySliceResult]:
         if self.variant == "streamed":

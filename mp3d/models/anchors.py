@@ -1,11 +1,15 @@
 """Anchors of the region proposal network.
 
-Differs from torchvision in two ways. The strides of the five levels are fixed at 4 to 64 pixels; torchvision divides
-the padded picture by the map and gets 48 instead of 64 for the last level of 96 pixels. And the anchors are float32;
-torchvision takes the precision of the maps, and bfloat16 rounds a corner at 300 pixels to an even number.
+Differs from torchvision in three ways. The strides of the five levels are fixed at 4 to 64 pixels; torchvision divides
+the padded picture by the map and gets 48 instead of 64 for the last level of 96 pixels. The anchors are float32;
+torchvision takes the precision of the maps, and bfloat16 rounds a corner at 300 pixels to an even number. And corners
+are not rounded to whole pixels, as in MMDetection 2: a size of 13 is 13, not 12.
 """
 
+from collections.abc import Sequence
+
 import torch
+from jaxtyping import Float
 from torch import Tensor
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.image_list import ImageList
@@ -17,6 +21,19 @@ from mp3d.models.anchor_fit import STRIDES
 
 class PyramidAnchors(AnchorGenerator):
     """torchvision's anchors, centred on the upper left corners of the cells, on fixed strides and in float32."""
+
+    def generate_anchors(
+        self,
+        scales: Sequence[float],
+        aspect_ratios: Sequence[float],
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | None = None,
+    ) -> Float[Tensor, "a 4"]:
+        """Around the origin, every ratio (height over width) at every size, the ratios outermost."""
+        sizes = torch.as_tensor(scales, dtype=dtype, device=device)
+        root = torch.as_tensor(aspect_ratios, dtype=dtype, device=device).sqrt()
+        widths, heights = (sizes / root[:, None]).flatten(), (sizes * root[:, None]).flatten()
+        return torch.stack([-widths, -heights, widths, heights], dim=1) / 2
 
     def forward(self, image_list: ImageList, feature_maps: list[Tensor]) -> list[Tensor]:
         self.set_cell_anchors(torch.float32, feature_maps[0].device)

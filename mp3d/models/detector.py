@@ -3,12 +3,8 @@
 Four parts as in torchvision's ``GeneralizedRCNN``: transform, backbone, rpn, roi_heads. From the group transform on,
 the batch is the key slices and everything is torchvision's 2D detector.
 
-Differs from the authors' config, as torchvision does:
-- the boxes of the RoI head are trained with SmoothL1 of beta 1/9, where theirs has beta 1 (the RPN has 1/9 in both);
-- the background class has a box regression too, which is never trained nor read;
-- anchors are rounded to whole pixels, and those that leave the picture are trained (theirs: ``allowed_border=0``);
-- the best anchor of a box is positive whatever its overlap (theirs: from 0.3 on);
-- RoIAlign is not shifted by half a pixel (``aligned=False``) and takes 2 x 2 samples per bin (theirs: one per cell).
+The rules of training and their numbers are the authors' (:mod:`mp3d.models.faster_rcnn`); each is a field of
+:class:`mp3d.config.DetectionHead`.
 """
 
 from collections import OrderedDict
@@ -16,77 +12,13 @@ from collections.abc import Sequence
 
 from jaxtyping import Float
 from torch import Tensor, nn
-from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.image_list import ImageList
-from torchvision.models.detection.roi_heads import RoIHeads
-from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
-from torchvision.ops import MultiScaleRoIAlign
-from torchvision.ops.poolers import initLevelMapper
 
 from mp3d.config import ClipConfig, DetectionHead, ModelConfig
-from mp3d.models.anchors import build_anchor_generator
 from mp3d.models.backbone import build_neck
+from mp3d.models.faster_rcnn import LesionRoIHeads, LesionRPN
 from mp3d.models.transform import ClipBatch, ClipTransform
 from mp3d.sample import Clip, Prediction, Target
-
-ROI_SIZE = 7
-ROI_LEVELS = ("0", "1", "2", "3")
-ROI_STRIDES = (4, 8, 16, 32)
-BOX_CODER_WEIGHTS = (10.0, 10.0, 5.0, 5.0)
-"""The reciprocals of the authors' standard deviations 0.1, 0.1, 0.2, 0.2."""
-
-
-class Float32RPNHead(RPNHead):
-    """Hands on float32 under autocast too: torchvision decodes boxes in the deltas' precision, 8 bits in bfloat16."""
-
-    def forward(self, x: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        logits, deltas = super().forward(x)
-        return [level.float() for level in logits], [level.float() for level in deltas]
-
-
-class Float32Predictor(FastRCNNPredictor):
-    """Hands on float32 under autocast too, for boxes and losses."""
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        logits, deltas = super().forward(x)
-        return logits.float(), deltas.float()
-
-
-def build_rpn(head: DetectionHead) -> RegionProposalNetwork:
-    """torchvision's, with the numbers of the config."""
-    anchors = build_anchor_generator(head)
-    return RegionProposalNetwork(
-        anchors,
-        Float32RPNHead(head.fpn_channels, anchors.num_anchors_per_location()[0]),
-        fg_iou_thresh=head.rpn_positive_iou,
-        bg_iou_thresh=head.rpn_negative_iou,
-        batch_size_per_image=head.rpn_samples,
-        positive_fraction=0.5,
-        pre_nms_top_n=dict(zip(("training", "testing"), head.rpn_pre_nms, strict=True)),
-        post_nms_top_n=dict(zip(("training", "testing"), head.rpn_post_nms, strict=True)),
-        nms_thresh=head.rpn_nms_iou,
-    )
-
-
-def build_roi_heads(head: DetectionHead) -> RoIHeads:
-    """RoIAlign on P2..P5, two fully connected layers, one box per class."""
-    align = MultiScaleRoIAlign(list(ROI_LEVELS), output_size=ROI_SIZE, sampling_ratio=2)
-    # torchvision would infer the scales from its first batch, and wrongly where much of a small picture is padding.
-    align.scales = [1 / stride for stride in ROI_STRIDES]
-    align.map_levels = initLevelMapper(2, 5, align.canonical_scale, align.canonical_level)
-    return RoIHeads(
-        align,
-        TwoMLPHead(head.fpn_channels * ROI_SIZE**2, head.box_features),
-        Float32Predictor(head.box_features, head.num_classes + 1),
-        fg_iou_thresh=head.box_iou,
-        bg_iou_thresh=head.box_iou,
-        batch_size_per_image=head.box_samples,
-        positive_fraction=0.25,
-        bbox_reg_weights=BOX_CODER_WEIGHTS,
-        score_thresh=head.score_threshold,
-        nms_thresh=head.box_nms_iou,
-        detections_per_img=head.max_detections,
-    )
 
 
 class LesionDetector(nn.Module):
@@ -105,8 +37,8 @@ class LesionDetector(nn.Module):
         self.num_classes = head.num_classes
         self.transform = ClipTransform(clip)
         self.backbone = build_neck(model, clip.num_slices, head.fpn_channels)
-        self.rpn = build_rpn(head)
-        self.roi_heads = build_roi_heads(head)
+        self.rpn = LesionRPN(head)
+        self.roi_heads = LesionRoIHeads(head)
 
     def forward(
         self, clips: Sequence[Clip], targets: Sequence[Target] | None = None, image_size: int | None = None

@@ -114,12 +114,27 @@ def max_pool_plane(x: Float[Tensor, "nd c h w"]) -> Float[Tensor, "nd c h2 w2"]:
 def max_pool_z(
     x: Float[Tensor, "nd c h w"], z: AlongZ, stride: int = 1, padded: bool = True
 ) -> Float[Tensor, "_ c h w"]:
-    """3 x 1 x 1 max pooling of what a ReLU left, with padding 1 or none."""
+    """3 x 1 x 1 max pooling of what a ReLU left, with padding 1 or none.
+
+    Where no gradient is wanted, the maximum of neighbours, twice: a half to a third of the time.
+    """
     x, depth, padding = z.with_neighbours(x, reach=1)
-    columns = F.max_pool2d(
-        to_columns(x, depth), kernel_size=(3, 1), stride=(stride, 1), padding=(padding if padded else 0, 0)
-    )
+    padding = padding if padded else 0
+    if stride == 1 and depth > 2 and not torch.is_grad_enabled():
+        return _maximum_of_three(x.unflatten(0, (len(x) // depth, depth)), padding).flatten(0, 1)
+    columns = F.max_pool2d(to_columns(x, depth), kernel_size=(3, 1), stride=(stride, 1), padding=(padding, 0))
     return from_columns(columns, *x.shape[2:])
+
+
+def _maximum_of_three(x: Float[Tensor, "n d c h w"], padding: int) -> Float[Tensor, "n _ c h w"]:
+    """Of every slice and its neighbours; without padding those at the ends have no answer."""
+    pairs = torch.maximum(x[:, :-1], x[:, 1:])
+    if padding == 0:
+        return torch.maximum(pairs[:, :-1], pairs[:, 1:])
+    result = torch.empty_like(x)
+    result[:, 0], result[:, -1] = pairs[:, 0], pairs[:, -1]
+    torch.maximum(pairs[:, :-1], pairs[:, 1:], out=result[:, 1:-1])
+    return result
 
 
 class Conv(nn.Module):
@@ -136,6 +151,8 @@ class Conv(nn.Module):
         self.kernel = kernel
         self.stride, self.z_stride = stride, z_stride
         self.weight = nn.Parameter(torch.empty(out_channels, in_channels, *kernel))
+        self.bias: Tensor | None = None
+        """Of a batch norm that was fused into it."""
         nn.init.xavier_uniform_(self.weight)
 
     def forward(self, x: Float[Tensor, "nd c h w"], z: AlongZ) -> Float[Tensor, "_ o h2 w2"]:
@@ -148,16 +165,16 @@ class Conv(nn.Module):
         if kd == 1 and self.z_stride > 1:
             x = fold(unfold(x, z.depth(x))[:, :, :: self.z_stride])
         if kd == 1:
-            return F.conv2d(x, self.weight.squeeze(2), stride=stride, padding=(kh // 2, kw // 2))
+            return F.conv2d(x, self.weight.squeeze(2), self.bias, stride=stride, padding=(kh // 2, kw // 2))
         x, depth, padding = z.with_neighbours(x, reach=kd // 2)
         if kh == kw == 1:
             columns = F.conv2d(
-                to_columns(x, depth), self.weight.squeeze(4), stride=(self.z_stride, 1), padding=(padding, 0)
+                to_columns(x, depth), self.weight.squeeze(4), self.bias, (self.z_stride, 1), padding=(padding, 0)
             )
             return from_columns(columns, *x.shape[2:])
         paddings = (padding, kh // 2, kw // 2)
         strides = (self.z_stride, stride, stride)
-        return fold(F.conv3d(unfold(x, depth), self.weight, stride=strides, padding=paddings))
+        return fold(F.conv3d(unfold(x, depth), self.weight, self.bias, strides, paddings))
 
     def extra_repr(self) -> str:
         out_channels, in_channels = self.weight.shape[:2]
@@ -214,3 +231,23 @@ class ConvNorm(nn.Module):
         if self.over_clip:
             return from_columns(self.norm(to_columns(x, z.depth(x))), *x.shape[2:])
         return self.norm(x)
+
+    @torch.no_grad()
+    def fuse(self) -> None:
+        """Takes the stored statistics of a batch norm into the convolution, for inference and for good."""
+        if not isinstance(self.norm, nn.BatchNorm2d):
+            return
+        norm, weight = self.norm, self.conv.weight
+        assert norm.running_mean is not None
+        assert norm.running_var is not None
+        scale = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
+        weight.copy_(weight.double() * scale.view(-1, 1, 1, 1, 1))
+        self.conv.bias = (norm.bias.double() - norm.running_mean.double() * scale).to(weight)
+        self.norm = nn.Identity()
+
+
+def fuse_batch_norms(model: nn.Module) -> None:
+    """Every batch norm behind a convolution of a model, in place; see :meth:`ConvNorm.fuse`."""
+    for module in model.modules():
+        if isinstance(module, ConvNorm):
+            module.fuse()

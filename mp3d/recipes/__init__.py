@@ -53,6 +53,11 @@ SMALL_HEAD = DetectionHead(
     anchor_ratios=(1.0,),
     anchors="fit",
     rpn_positive_iou=0.6,
+    # few steps on small pictures: every box gets an anchor, be it small or at the border, and a loss that still pulls
+    # where a box is nearly right
+    rpn_min_positive_iou=0.0,
+    rpn_border_px=None,
+    box_beta=1 / 9,
     rpn_samples=64,
     rpn_pre_nms=(400, 200),
     rpn_post_nms=(200, 100),
@@ -63,6 +68,8 @@ HALF_OCTAVE_SIZES_PX = ((16.0, 22.6), (32.0, 45.3), (64.0, 90.5), (128.0, 181.0)
 """Two sizes an octave from 16 pixels on, where the authors have one: of DeepLesion's boxes 99 % meet a centred anchor
 at IoU 0.7 instead of 51 %.
 """
+OF_A_2D_NETWORK = {"model.norm": "frozen_bn"}
+"""Its batch norms keep their statistics."""
 SMALL_VOLUMES = {
     "model.width": 0.125,
     "model.norm": "slice_gn",
@@ -295,14 +302,55 @@ def deeplesion_p3d18ba_paper() -> TrainConfig:
             "name": "deeplesion_p3d18ba_paper",
             "model.backbone": "p3d18ba",
             "augment.image_sizes": (384, 448, 512, 576, 640),
+            # MMDetection 1's: twice the proposals in training, and its RoIAlign
+            "model.head.rpn_post_nms": (2000, 1000),
+            "model.head.roi_samples": 2,
+            "model.head.roi_aligned": False,
         }
     )
+
+
+def deeplesion_r3d18() -> TrainConfig:
+    """The VDT paper's ResNet3D-18 on DeepLesion, its features of the nine slices weighted by a group transform.
+
+    python jobs/finetune.py deeplesion_r3d18 --shards /data/deeplesion --init-from /runs/vdt_imagenet_r3d18
+    """
+    return deeplesion_mp3d63().override({"name": "deeplesion_r3d18", "model.backbone": "resnet3d18"})
+
+
+def deeplesion_r3d50() -> TrainConfig:
+    """The VDT paper's ResNet3D-50 on DeepLesion, as ResNet3D-18.
+
+    python jobs/finetune.py deeplesion_r3d50 --shards /data/deeplesion --init-from /runs/vdt_coco_r3d50
+    """
+    return deeplesion_mp3d63().override({"name": "deeplesion_r3d50", "model.backbone": "resnet3d50"})
+
+
+def deeplesion_i3d18() -> TrainConfig:
+    """For comparison: ResNet3D-18 on DeepLesion from a 2D network whose kernels were repeated along z (I3D).
+
+    python -m mp3d.convert resnet18-f37072fd.pth --out /runs/i3d18 --inflate mean
+    python jobs/finetune.py deeplesion_i3d18 --shards /data/deeplesion --init-from /runs/i3d18
+    """
+    return deeplesion_r3d18().override({"name": "deeplesion_i3d18", **OF_A_2D_NETWORK})
+
+
+def deeplesion_acs18() -> TrainConfig:
+    """For comparison: ResNet3D-18 on DeepLesion from a 2D network whose kernels lie in the three planes (ACS).
+
+    All weights of the 3D kernels are trained, where ACSConv keeps those beside the planes at nothing.
+
+    python -m mp3d.convert resnet18-f37072fd.pth --out /runs/acs18 --inflate acs
+    python jobs/finetune.py deeplesion_acs18 --shards /data/deeplesion --init-from /runs/acs18
+    """
+    return deeplesion_r3d18().override({"name": "deeplesion_acs18", **OF_A_2D_NETWORK})
 
 
 def deeplesion_resnet2d50() -> TrainConfig:
     """For comparison: a 2D ResNet-50 on DeepLesion that reads three slices as colours (the 2.5D way).
 
-    python jobs/finetune.py deeplesion_resnet2d50 --shards /data/deeplesion --init-from /runs/resnet2d50_imagenet
+    python -m mp3d.convert resnet50-0676ba61.pth --out /runs/resnet2d50 --backbone resnet2d50
+    python jobs/finetune.py deeplesion_resnet2d50 --shards /data/deeplesion --init-from /runs/resnet2d50
     """
     return deeplesion_mp3d63_paper().override(
         {
@@ -344,6 +392,10 @@ FINETUNE: tuple[Recipe, ...] = (
     deeplesion_mp3d63,
     deeplesion_mp3d18ba,
     deeplesion_p3d18ba_paper,
+    deeplesion_r3d18,
+    deeplesion_r3d50,
+    deeplesion_i3d18,
+    deeplesion_acs18,
     deeplesion_resnet2d50,
     lidc_classification_paper,
     lidc_classification,

@@ -66,7 +66,8 @@ class Detector:
             raise CheckpointError(
                 f"{checkpoint.path} is no longer what it was when the application was built; deploy again"
             )
-        predictor = Predictor.open(checkpoint, "gpu" if settings.gpus_per_replica else "cpu", settings.mode)
+        device = "gpu" if settings.gpus_per_replica else "cpu"
+        predictor = Predictor.open(checkpoint, device, settings.mode, settings.compile)
         self.engine = Engine(predictor, expected, settings)
         self.thread = ThreadPoolExecutor(1, thread_name_prefix="detector")
 
