@@ -1,6 +1,6 @@
 """What grouping, geometry and Hounsfield units need of a DICOM file's header; of the patient the id alone is kept."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from pydicom import uid
@@ -34,7 +34,7 @@ class Header:
     name: str
     source: Path | bytes
     size: int
-    """Bytes of the (inflated) file."""
+    """Bytes of the file, deflated where it is."""
     transfer_syntax: str
     little_endian: bool
     sop_class_uid: str
@@ -75,6 +75,8 @@ class Header:
     """Of a multi-frame image, from 1; 0 is a file of its own."""
     stack: tuple[str, ...] = ()
     """Stack ID and Temporal Position Index of a frame, where it has them."""
+    read_s: float = field(default=0.0, compare=False)
+    """Seconds that reading it took, which count against the time that the file may take; 0 where it has many frames."""
 
     @property
     def is_ct(self) -> bool:

@@ -90,10 +90,9 @@ def load_volume(
     _check_size(max(len(positions), len(slices)), num_rows(grid, first.rows), first.columns, max_bytes)
     hu = np.empty((len(slices), first.rows, first.columns), np.int16)
     num_padded = num_clipped = 0
-    for z, (header, read) in enumerate(zip(slices, isolated.read_slices(slices, pool), strict=True)):
-        hu[z] = read
-        num_padded += _fill_padding(hu[z], header)
-        num_clipped += _may_be_clipped(hu[z], header)
+    for header, plane in zip(slices, isolated.read_slices(slices, pool, hu), strict=True):
+        num_padded += _fill_padding(plane, header)
+        num_clipped += _may_be_clipped(plane, header)
     hu, affine, offsets = regrid(hu, grid)
     nearest = np.rint(positions).astype(int)
     stored = tuple(StoredSlice(slices[z].sop_instance_uid, slices[z].frame, float(offsets[z])) for z in nearest)
