@@ -221,7 +221,7 @@ def _differences(
 
 
 def _coded_bits(header: _JpegHeader, destination: int) -> UInt8[np.ndarray, "65536"]:
-    """Of each difference modulo 2^16, the bits of its Huffman code and of the magnitude behind it (T.81 B.2.4.2, H.2)."""
+    """Of each difference modulo 2^16, the bits of its Huffman code and of its magnitude (T.81 B.2.4.2, table H.2)."""
     bits = np.zeros(17, np.uint8)
     for content in header.contents(DHT):
         while content:

@@ -24,7 +24,7 @@ from mp3d.data.dicom.elements import (
     open_body,
     open_source,
 )
-from mp3d.data.dicom.header import MULTIFRAME_CLASSES, Header, read_header
+from mp3d.data.dicom.header import MULTIFRAME_CLASSES, Header, read_header, said_spacing_mm
 from mp3d.data.dicom.pixels import NATIVE, check_pixel_format
 from mp3d.data.dicom.walk import UNDEFINED_LENGTH, Walker
 from mp3d.errors import Refusal
@@ -41,14 +41,16 @@ WANTED = {
     "CTAcquisitionDetailsSequence": ("GantryDetectorTilt",),
     "PlanePositionSequence": ("ImagePositionPatient",),
     "PlaneOrientationSequence": ("ImageOrientationPatient",),
-    "PixelMeasuresSequence": ("PixelSpacing",),
+    "PixelMeasuresSequence": ("PixelSpacing", "SliceThickness", "SpacingBetweenSlices"),
     "PixelValueTransformationSequence": ("RescaleSlope", "RescaleIntercept", "RescaleType"),
 }
 CONVERTED = frozenset(
     map(Tag, ("UnassignedPerFrameConvertedAttributesSequence", "UnassignedSharedConvertedAttributesSequence"))
 )
 """Where a legacy-converted image keeps elements of the original files that have no functional group."""
-MACROS: dict[int, frozenset[int]] = {Tag(sequence): frozenset(map(Tag, keywords)) for sequence, keywords in WANTED.items()}
+MACROS: dict[int, frozenset[int]] = {
+    Tag(sequence): frozenset(map(Tag, keywords)) for sequence, keywords in WANTED.items()
+}
 MACROS |= dict.fromkeys(CONVERTED, frozenset().union(*MACROS.values()))
 """Sequences of the functional groups, and what is read of each."""
 
@@ -144,8 +146,8 @@ def _values(own: Group, shared: Group, little_endian: bool) -> Values:
     those of converted images, in the frame's own group, then in the shared one."""
     elements: Elements = {}
     for group in (own, shared):
-        for (sequence, tag), value in sorted(group.items(), key=lambda entry: entry[0][0] in CONVERTED):
-            elements.setdefault(tag, value)
+        for place in sorted(group, key=lambda place: place[0] in CONVERTED):
+            elements.setdefault(place[1], group[place])
     return Values(elements, little_endian)
 
 
@@ -168,6 +170,7 @@ def _frame(header: Header, number: int, pixels: Pixels | None, values: Values) -
         rescale_intercept=values.single("RescaleIntercept"),
         rescale_type=values.text("RescaleType").upper(),
         stack=stack if any(stack) else (),
+        said_spacing_mm=said_spacing_mm(values),
     )
 
 
