@@ -147,9 +147,9 @@ def test_gaps_that_the_positions_alone_cannot_show_are_told(
     assert ("SLICE_GAPS" in warnings) == warned
 
 
-def test_a_thickness_that_is_no_number_is_no_reason_to_refuse() -> None:
+def test_a_slice_spacing_that_is_no_number_is_no_reason_to_refuse() -> None:
     slices = files(ct_slices(made_volume()))
-    element = b"\x18\x00\x50\x00DS\x04\x00thin"
+    element = b"\x18\x00\x88\x00DS\x04\x00wide"
     broken = {name: _before(file, b"\x20\x00\x0d\x00", element) for name, file in slices.items()}
     _, _, warnings = load_volume(*group_series(broken).series)
     assert warnings == ()

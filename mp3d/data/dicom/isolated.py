@@ -32,8 +32,8 @@ def image_headers(source: Path | bytes, name: str, pool: Pool) -> list[Header]:
         Refusal: as there and :meth:`~mp3d.data.decode.Pool.call`.
     """
     answer = pool.call(Request("image_headers", source, {}, "the file"))
-    headers = [as_header(header, source, name) for header in answer.value]
-    return headers if len(headers) > 1 else [replace(header, read_s=answer.took_s) for header in headers]
+    read_s = answer.took_s if len(answer.value) == 1 else 0.0
+    return [as_header(header | {"read_s": read_s}, source, name) for header in answer.value]
 
 
 def read_slices(
