@@ -64,7 +64,7 @@ class _Inflating(RawIOBase):
     def _inflate(self, end: int) -> None:
         """As far as ``end``, or to the end of what there is."""
         end = min(end, MAX_INFLATED_BYTES)
-        if STEP_BYTES < end - len(self._inflated) and end < MAX_INFLATED_BYTES and not self._complete:
+        if end - len(self._inflated) > STEP_BYTES and end < MAX_INFLATED_BYTES and not self._complete:
             self._inflate_at_once(end)
         while end > len(self._inflated) and not self._complete:
             try:
