@@ -13,6 +13,7 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from fastapi.testclient import TestClient
@@ -27,12 +28,14 @@ from mp3d import cli
 from mp3d.checkpoint import open_checkpoint
 from mp3d.config import ServeConfig
 from mp3d.data import dicom_folder
+from mp3d.data.dicom import group_series, load_volume
 from mp3d.data.synthetic import write_bad_files, write_ct_world
 from mp3d.launch import run_training
 from mp3d.predict import Predictor
 from mp3d.serving.api import create_api
 from mp3d.serving.engine import Engine, answer_or_error, model_out
 from mp3d.serving.schema import Answer, ErrorOut, Rejected
+from tests.dicom_files import segmentation, to_bytes
 from tests.tiny import detector_config
 
 CANARY, UID_CANARY = "QZCNRY", "1.2.826.0.1.77707770777"
@@ -118,8 +121,28 @@ def planted_world(root: Path) -> Planter:
     return planter
 
 
-def plant_bad_files(root: Path) -> None:
-    """What is refused: no DICOM, cut, other modality, no rescale, a gap, a broken structure set, a defect."""
+def plant_segmentation(root: Path, planter: Planter) -> Dataset:
+    """A SEG of the first patient's series, with strings in its names."""
+    patient = sorted(root.iterdir())[0]
+    (series,) = group_series(patient).series
+    volume, _, _ = load_volume(series)
+    inside = np.zeros(volume.hu.shape)
+    inside[4:7, 20:30, 20:34] = 1
+    ds = segmentation(volume, {f"tumour {planter.text('LO')}": inside})
+    ds.PatientID, ds.StudyInstanceUID, ds.FrameOfReferenceUID = series.patient, series.study, planter.text("UI")
+    ds.SeriesInstanceUID, ds.SOPInstanceUID = planter.text("UI"), planter.text("UI")
+    ds.ReferencedSeriesSequence[0].SeriesInstanceUID = series.series_instance_uid
+    ds.ContentLabel, ds.ContentCreatorName = planter.text("CS"), planter.text("PN")
+    segment = ds.SegmentSequence[0]
+    segment.SegmentDescription, segment.TrackingID = planter.text("ST"), planter.text("UT")
+    segment.SegmentedPropertyTypeCodeSequence[0].CodeMeaning = planter.text("LO")
+    planter.nested_and_private(ds)
+    (patient / f"{CANARY}-seg").write_bytes(to_bytes(ds))
+    return ds
+
+
+def plant_bad_files(root: Path, seg: Dataset) -> None:
+    """What is refused: no DICOM, cut, other modality, no rescale, a gap, broken annotations, a defect."""
     bad = root / f"{CANARY}-bad"
     write_bad_files(bad)
     for path in list(bad.iterdir()):
@@ -142,6 +165,7 @@ def plant_bad_files(root: Path) -> None:
     copied("defect", 2, lambda ds, _: setattr(ds, "PatientID", f"{CANARY}-DEFECT"))
     structure_set = next(path for path in root.rglob("*") if path.is_file() and dcmread(path).Modality == "RTSTRUCT")
     (bad / f"{CANARY}-rs").write_bytes(structure_set.read_bytes()[:-60])
+    (bad / f"{CANARY}-seg").write_bytes(to_bytes(seg)[:-60])
 
 
 def hits(content: bytes) -> list[str]:
@@ -186,7 +210,7 @@ def planted(tmp_path_factory: pytest.TempPathFactory) -> Path:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # no number or date is a string of ours
             planter = planted_world(root)
-            plant_bad_files(root)
+            plant_bad_files(root, plant_segmentation(root, planter))
     finally:
         config.settings.writing_validation_mode = mode
     assert set(planter.planted) >= set(STRING_VRS)
@@ -225,7 +249,11 @@ def test_nothing_of_a_patient_is_written(
     manifest = json.loads((shards / "manifest.json").read_text())
     assert {reject["reason"] for reject in manifest["rejects"]} >= {
         *("NOT_DICOM", "TRUNCATED", "NOT_CT", "MISSING_SLICE", "MISSING_RESCALE", "READER_FAILED", "BAD_STRUCTURE_SET"),
+        "BAD_SEGMENTATION",
     }
+    tables = [pq.read_table(path, columns=["boxes"]) for path in sorted(shards.rglob("*.parquet"))]
+    boxes = np.concatenate([row for table in tables for row in table["boxes"].to_pylist() if row]).reshape(-1, 4)
+    assert [20, 20, 34, 30] in boxes.tolist()  # the segmentation was read
     assert len(manifest["series"]) == 6
     private = tmp_path / "shards-private" / "sources.json"
     assert CANARY in private.read_text()

@@ -53,10 +53,11 @@ def test_files_and_bytes_arguments_and_arrays(pool: Pool, tmp_path: Path) -> Non
     content = np.random.default_rng(0).bytes(3_000_000)
     (tmp_path / "ä\udc80.dcm").write_bytes(content)
     for source in (content, tmp_path / "ä\udc80.dcm"):
-        value, array = pool.call(request("echo", source, number=float("inf"), text="\udce4"))
+        value, array, took_s = pool.call(request("echo", source, number=float("inf"), text="\udce4"))
         assert (value["number"], value["text"]) == (float("inf"), "\udce4")
         assert array.shape == (1, len(content))
         assert array.tobytes() == content
+        assert 0 < took_s < LIMITS.wall_s
 
 
 def test_an_array_is_not_changed_by_the_next_answer(pool: Pool) -> None:
@@ -90,6 +91,26 @@ def test_whatever_a_file_does_is_its_own_refusal(
     assert "CANARY" not in refusal.detail
     assert (pid(pool) == before) == survives
     assert survives or not is_running(before)
+
+
+def test_a_file_gets_its_answer_within_five_seconds_whatever_it_waits_for() -> None:
+    """Of the time that its header took, nothing is left for its pixels."""
+    with Pool(module="tests.faulty_worker") as pool:
+        pool.call(request("echo"))
+        for spent_s in (0.0, 4.0):
+            started = time.monotonic()
+            with pytest.raises(Refusal, match="DECODE_LIMIT"):
+                pool.call(request("stand_still")._replace(spent_s=spent_s))
+            assert time.monotonic() - started + spent_s < 5
+            pool.call(request("echo"))
+
+
+def test_an_array_is_put_where_it_is_wanted(pool: Pool) -> None:
+    out = np.zeros((1, 3), np.uint8)
+    assert pool.call(request("echo", b"abc")._replace(out=out)).array is out
+    assert out.tobytes() == b"abc"
+    other = pool.call(request("echo", b"four")._replace(out=out)).array
+    assert (other.tobytes(), out.tobytes()) == (b"four", b"abc")
 
 
 def test_a_worker_that_was_killed_between_two_files_is_replaced(pool: Pool) -> None:

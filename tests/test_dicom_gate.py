@@ -1,6 +1,7 @@
 """What a series must not be: several patients, clipped in silence, absurd, larger than it looks, changed while read."""
 
 from collections.abc import Callable
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 from pydicom import Dataset, uid
 
-from mp3d.data.dicom import group_series, load_volume
+from mp3d.data.dicom import group_series, load_volume, pixels
 from mp3d.data.dicom.frames import MAX_FILE_BYTES
 from mp3d.errors import Refusal
 from tests.dicom_files import ct_slices, enhanced, made_volume, to_bytes
@@ -114,4 +115,58 @@ def test_a_file_that_changes_between_listing_and_reading(tmp_path: Path, change:
     (series,) = group_series(tmp_path).series
     (tmp_path / "3.dcm").write_bytes(change((tmp_path / "3.dcm").read_bytes()))
     with pytest.raises(Refusal, match="UNREADABLE"):
+        load_volume(series)
+
+
+@pytest.mark.parametrize(
+    ("said", "warned"),
+    [
+        ({"SliceThickness": "1.25"}, True),
+        ({"SliceThickness": "2.5"}, False),
+        ({"SliceThickness": "5"}, False),
+        ({"SliceThickness": "1.25", "SpacingBetweenSlices": "2.5"}, False),
+        ({"SliceThickness": "2.5", "SpacingBetweenSlices": "-1.25"}, True),
+        ({"SliceThickness": "0"}, False),
+        ({}, False),
+    ],
+)
+@pytest.mark.parametrize("multiframe", [False, True])
+def test_gaps_that_the_positions_alone_cannot_show_are_told(
+    said: dict[str, str], warned: bool, multiframe: bool
+) -> None:
+    """Every second slice of an even stack is an even stack."""
+    slices = ct_slices(made_volume(shape=(6, 5, 7), spacing_mm=(2.5, 0.8, 0.6)))
+    image = enhanced(slices)
+    measures = image.SharedFunctionalGroupsSequence[0].PixelMeasuresSequence[0]
+    for ds in [measures] if multiframe else slices:
+        del ds.SliceThickness
+        for keyword, value in said.items():
+            setattr(ds, keyword, value)
+    content = {"one": to_bytes(image)} if multiframe else files(slices)
+    _, _, warnings = load_volume(*group_series(content).series)
+    assert ("SLICE_GAPS" in warnings) == warned
+
+
+def test_a_slice_spacing_that_is_no_number_is_no_reason_to_refuse() -> None:
+    slices = files(ct_slices(made_volume()))
+    element = b"\x18\x00\x88\x00DS\x04\x00wide"
+    broken = {name: _before(file, b"\x20\x00\x0d\x00", element) for name, file in slices.items()}
+    _, _, warnings = load_volume(*group_series(broken).series)
+    assert warnings == ()
+
+
+def _before(file: bytes, tag: bytes, element: bytes) -> bytes:
+    at = file.index(tag + b"UI", 132)
+    return file[:at] + element + file[at:]
+
+
+def test_a_disk_that_fails_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    (series,) = group_series(files(ct_slices(made_volume()))).series
+
+    class Failing(BytesIO):
+        def read(self, *_: Any) -> bytes:
+            raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(pixels, "open_source", lambda _: Failing())
+    with pytest.raises(Refusal, match="UNREADABLE.*instance"):
         load_volume(series)

@@ -160,21 +160,27 @@ def test_something_else_in_a_sequence() -> None:
     assert (refused.reason, "(0010,0010) is no item" in refused.detail) == ("BAD_HEADER", True)
 
 
+def deep_sequences() -> list[Dataset]:
+    """Of defined length, more than may be walked through."""
+    inner = Dataset()
+    for _ in range(MAX_DEPTH + 1):
+        outer = Dataset()
+        outer.ReferencedImageSequence = [inner]
+        inner = outer
+    return [inner]
+
+
 @pytest.mark.parametrize("syntax", [uid.ExplicitVRLittleEndian, uid.ImplicitVRLittleEndian])
 def test_what_pydicom_parses_is_bounded_before(syntax: uid.UID) -> None:
-    """Functional groups and structure sets, in sequences of defined length too."""
-    frames, structures = enhanced(ct_slices(made_volume())), structure_set([[np.zeros((3, 3))]], ["GTV"])
-    assert len(image_headers(to_bytes(frames, syntax), "")) == 6
+    """Structure sets, in sequences of defined length too; of functional groups only what is wanted is looked at."""
+    structures = structure_set([[np.zeros((3, 3))]], ["GTV"])
     assert read_structure_set(read_header(to_bytes(structures, syntax))).regions
-    for ds in (frames, structures):
-        inner = Dataset()
-        for _ in range(MAX_DEPTH + 1):
-            outer = Dataset()
-            outer.ReferencedImageSequence = [inner]
-            inner = outer
-        ds.ReferencedImageSequence = [inner]
-    deep = rf"BAD_HEADER.* {MAX_DEPTH} deep"
-    with pytest.raises(Refusal, match=deep):
-        image_headers(to_bytes(frames, syntax), "")
-    with pytest.raises(Refusal, match=deep.replace("BAD_HEADER", "BAD_STRUCTURE_SET")):
+    structures.ReferencedImageSequence = deep_sequences()
+    with pytest.raises(Refusal, match=rf"BAD_STRUCTURE_SET.* {MAX_DEPTH} deep"):
         read_structure_set(read_header(to_bytes(structures, syntax)))
+    frames = enhanced(ct_slices(made_volume()))
+    places = [header.image_position_patient for header in image_headers(to_bytes(frames, syntax), "")]
+    assert len(set(places)) == 6
+    frames.ReferencedImageSequence = deep_sequences()
+    frames.PerFrameFunctionalGroupsSequence[2].ReferencedImageSequence = deep_sequences()
+    assert [header.image_position_patient for header in image_headers(to_bytes(frames, syntax), "")] == places

@@ -8,7 +8,9 @@ from pydicom import Dataset, dcmread, uid
 from pydicom.encaps import encapsulate, generate_frames
 
 from mp3d.config import GeometryPolicy
-from mp3d.data.dicom import StoredSlice, group_series, load_volume
+from mp3d.data.decode import Pool
+from mp3d.data.dicom import StoredSlice, group_series, isolated, load_volume
+from mp3d.data.dicom.frames import MAX_FRAMES
 from mp3d.errors import Refusal
 from mp3d.predict import Finding
 from mp3d.serving.engine import finding_out
@@ -198,3 +200,14 @@ def test_a_finding_names_its_frame() -> None:
     told = finding_out(finding, StoredSlice("1.2.3", frame=7, row_offset=0.5))
     assert (told.sop_instance_uid, told.frame_number, told.box_px) == ("1.2.3", 7, (1, 1.5, 3, 3.5))
     assert finding_out(finding, StoredSlice("1.2.3")).frame_number is None
+
+
+def test_as_many_frames_as_are_read_stay_within_the_limits_of_a_file() -> None:
+    """The headers of 4,096 frames with functional groups of their own."""
+    few = enhanced(ct_slices(made_volume(shape=(8, 2, 2))), FUNCTIONAL_GROUPS)
+    few.PerFrameFunctionalGroupsSequence = list(few.PerFrameFunctionalGroupsSequence) * (MAX_FRAMES // 8)
+    few.NumberOfFrames, few.PixelData = MAX_FRAMES, few.PixelData * (MAX_FRAMES // 8)
+    with Pool() as pool:
+        headers = isolated.image_headers(to_bytes(few), "", pool)
+    assert len(headers) == MAX_FRAMES
+    assert len({header.image_position_patient for header in headers}) == 8

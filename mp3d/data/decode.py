@@ -37,6 +37,9 @@ MAX_ANSWER_BYTES = 64 * 2**20
 """Of the JSON: the headers of a few thousand frames are far smaller."""
 START_S = 60.0
 """A worker is at work within a second, on a machine that is not overloaded."""
+KEPT_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(32 * 2**20), "MALLOC_TRIM_THRESHOLD_": str(64 * 2**20)}
+"""For glibc: a worker keeps what one slice took for the next. Else a third of its time goes into getting zeroed pages
+from the system and giving them back, slice by slice."""
 LIMIT_SIGNALS = (signal.SIGXCPU, signal.SIGKILL)
 """A worker that ends by one of these met the limit of processor time, or the machine had no memory left."""
 
@@ -48,12 +51,12 @@ class Limits:
     Attributes:
         memory_bytes: address space of the worker, 0.3 GB of which are Python and its libraries.
         cpu_s: whole seconds of processor time, which a busy machine does not shorten.
-        wall_s: seconds in all; a file on a slow disk waits without computing.
+        wall_s: seconds in all, waiting for a slow disk among them; with the end of the worker they make five at most.
     """
 
     memory_bytes: int = 2**30
-    cpu_s: int = 2
-    wall_s: float = 15.0
+    cpu_s: int = 3
+    wall_s: float = 4.5
 
 
 class Request(NamedTuple):
@@ -64,19 +67,24 @@ class Request(NamedTuple):
         source: the file, or its bytes.
         arguments: keyword arguments of the task, as JSON has them.
         label: what a refusal calls the file; neither its name nor a UID.
+        spent_s: what the tasks before took of the file's :attr:`Limits.wall_s`.
+        out: where to put the array of the answer, if it is of this type and shape; else it is a new one.
     """
 
     task: str
     source: Path | bytes
     arguments: dict[str, Any]
     label: str
+    spent_s: float = 0.0
+    out: np.ndarray | None = None
 
 
 class Answer(NamedTuple):
-    """What a task returned: plain data, and an array, which is empty where the task makes none."""
+    """What a task returned: plain data, and an array, which is empty where the task makes none; how long it took."""
 
     value: Any
     array: np.ndarray
+    took_s: float
 
 
 class Pool:
@@ -202,14 +210,15 @@ class _Worker:
         return not self._ended and self._process.poll() is None
 
     def call(self, request: Request) -> Answer:
-        deadline = monotonic() + self._limits.wall_s
+        started = monotonic()
+        deadline = started + self._limits.wall_s - request.spent_s
         blob = request.source if isinstance(request.source, bytes) else b""
         path = None if isinstance(request.source, bytes) else os.fspath(request.source)
         message = json.dumps([request.task, path, len(blob), request.arguments]).encode()
         try:
             send(self._socket, message, blob, deadline)
             content = json.loads(receive(self._socket, deadline, MAX_ANSWER_BYTES))
-            return self._answer(content, request.label)
+            return Answer(*self._answer(content, request), monotonic() - started)
         except Refusal:
             raise
         except TimeoutError:
@@ -227,18 +236,22 @@ class _Worker:
             self.end()
             raise
 
-    def _answer(self, content: dict[str, Any], label: str) -> Answer:
+    def _answer(self, content: dict[str, Any], request: Request) -> tuple[Any, np.ndarray]:
         if refusal := content.get("refusal"):
             raise Refusal(*refusal)
         if name := content.get("error"):
             if name == "MemoryError":
-                raise _over_limit(label, f"{self._limits.memory_bytes >> 20} MiB of memory")
-            raise Refusal("DECODE_FAILED", f"{label} is damaged ({name}); copy or export it again")
+                raise _over_limit(request.label, f"{self._limits.memory_bytes >> 20} MiB of memory")
+            raise Refusal("DECODE_FAILED", f"{request.label} is damaged ({name}); copy or export it again")
         if array := content.get("array"):
             dtype, shape = np.dtype(array["dtype"]), tuple(array["shape"])
             size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
-            return Answer(content["value"], self._shared[:size].view(dtype).reshape(shape).copy())
-        return Answer(content["value"], np.empty(0))
+            shared, out = self._shared[:size].view(dtype).reshape(shape), request.out
+            if out is None or (out.dtype, out.shape) != (dtype, shape):
+                return content["value"], shared.copy()
+            np.copyto(out, shared)
+            return content["value"], out
+        return content["value"], np.empty(0)
 
     def end(self) -> int:
         """Returns the exit code; negative: a signal."""
@@ -260,7 +273,7 @@ def _environment() -> dict[str, str]:
     """What Python and the libraries need; the tokens and keys of the parent stay with it."""
     kept = {name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH", "LANG", "LC_ALL") if name in os.environ}
     one_thread = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
-    return kept | one_thread | {"PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
+    return kept | one_thread | KEPT_MEMORY | {"PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
 
 
 def _shared_memory(size: int) -> int:

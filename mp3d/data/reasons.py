@@ -72,6 +72,7 @@ WARNINGS: dict[str, str] = {
     "SPLIT_BY_SPACING": "One series with stacks of several spacings was read as several.",
     "TILT_CORRECTED": "The rows of a stack sheared by a tilted gantry were shifted back; rows were added, of air.",
     "UNEVEN_RESAMPLED": "Uneven slices were interpolated to their median spacing.",
+    "SLICE_GAPS": "Slices are further apart than the header says, or than they are thick: every second may be missing.",
     "PADDING_TO_AIR": "Padding brighter than 3071 HU (Pixel Padding Value) was set to air.",
     "EMPTY_SERIES_UID": "No Series Instance UID: grouped by folder, frame of reference, size and orientation.",
     "UNKNOWN_PATIENT": "No Patient ID: the study, frame of reference or folder stands for the patient in splits.",

@@ -71,7 +71,7 @@ def read_isolated(header: Header, roi: str, pool: Pool) -> StructureSet:
         Refusal: as there and :meth:`~mp3d.data.decode.Pool.call`.
     """
     arguments = {"header": as_plain(header), "roi": roi}
-    sent, points = pool.call(Request("read_structure_set", header.source, arguments, "the RT Structure Set"))
+    sent, points, _ = pool.call(Request("read_structure_set", header.source, arguments, "the RT Structure Set"))
     ends = np.cumsum([count for region in sent["regions"] for count in region])
     contours = iter(np.split(points.astype(np.float64).reshape(-1, 3), ends[:-1]) if len(ends) else [])
     return StructureSet(

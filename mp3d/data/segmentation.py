@@ -20,7 +20,6 @@ from pydicom.tag import Tag
 
 from mp3d.data.decode import Pool, Request
 from mp3d.data.dicom.elements import PIXEL_DATA, Body, check_structure, open_body
-from mp3d.data.dicom.frames import PER_FRAME, SHARED
 from mp3d.data.dicom.header import Header
 from mp3d.data.dicom.isolated import as_header, as_plain
 from mp3d.data.dicom.volume import StoredSlice
@@ -32,6 +31,7 @@ PIXEL_TOLERANCE = 0.1
 """Pixels of a frame may lie off those of the series by this share of a pixel."""
 MAX_FRAME_PIXELS = 2**28
 """In all frames of the chosen segments: 1,000 frames of 512 x 512."""
+SHARED, PER_FRAME = "SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence"
 KEYWORDS = ("SegmentSequence", "ReferencedSeriesSequence", "SegmentationType", "MaximumFractionalValue", SHARED)
 
 
@@ -102,7 +102,7 @@ def read_isolated(header: Header, segment: str, pool: Pool) -> Segmentation:
         Refusal: as there and :meth:`~mp3d.data.decode.Pool.call`.
     """
     arguments = {"header": as_plain(header), "segment": segment}
-    sent, packed = pool.call(Request("read_segmentation", header.source, arguments, "the segmentation"))
+    sent, packed, _ = pool.call(Request("read_segmentation", header.source, arguments, "the segmentation"))
     size = header.rows * header.columns
     inside = (np.unpackbits(frame, count=size).astype(bool) for frame in packed.astype(np.uint8))
     return Segmentation(

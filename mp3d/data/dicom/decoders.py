@@ -6,7 +6,6 @@ so that uncompressed images do without it.
 """
 
 import struct
-from functools import cache
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -182,11 +181,15 @@ def _check_coded_length(stream: bytes, header: _JpegHeader, values: UInt16[np.nd
     _, _, tables, predictor, _, shift = header.contents(SOS)[0][:6]
     interval = sum(int.from_bytes(content) for content in header.contents(DRI)[-1:]) or values.size
     restarts = range(0, len(values), max(interval // values.shape[1], 1))
-    differences = _differences(values >> np.uint16(shift & 15), predictor, restarts, header.precision - (shift & 15))
-    bits = _code_bits(header, tables >> 4)[_categories()][differences].sum(axis=1, dtype=np.int64)
+    unshifted = values >> np.uint16(shift & 15) if shift & 15 else values
+    differences = _differences(unshifted, predictor, restarts, header.precision - (shift & 15))
+    bits = _coded_bits(header, tables >> 4).take(differences, mode="clip")  # no value is clipped, only no check made
     coded = stream[header.scan : -len(EOI)].rstrip(b"\xff")
-    given = len(coded) - coded.count(b"\xff\0") - 2 * (len(restarts) - 1)
-    needed = int((-(-np.add.reduceat(bits, restarts) // 8)).sum())
+    raw = np.frombuffer(coded, np.uint8)
+    num_stuffed = np.count_nonzero(raw[np.flatnonzero(raw == 0xFF) + 1] == 0)
+    given = len(coded) - num_stuffed - 2 * (len(restarts) - 1)
+    ends = [*restarts[1:], len(values)]
+    needed = sum(-(-int(bits[start:end].sum(dtype=np.uint32)) // 8) for start, end in zip(restarts, ends, strict=True))
     if given != needed:
         raise _refusal(f"the pixels take {needed} coded bytes, there are {given}")
 
@@ -217,15 +220,8 @@ def _differences(
     return values - predicted
 
 
-@cache
-def _categories() -> UInt8[np.ndarray, "65536"]:
-    """Of each difference modulo 2^16, the number of its magnitude bits (T.81 table H.2)."""
-    magnitudes = np.abs(np.arange(2**16, dtype=np.uint16).view(np.int16).astype(np.int32))
-    return np.frexp(magnitudes)[1].astype(np.uint8)
-
-
-def _code_bits(header: _JpegHeader, destination: int) -> UInt8[np.ndarray, "17"]:
-    """Of each category, the length of its Huffman code and of the magnitude behind it (T.81 B.2.4.2)."""
+def _coded_bits(header: _JpegHeader, destination: int) -> UInt8[np.ndarray, "65536"]:
+    """Of each difference modulo 2^16, the bits of its Huffman code and of its magnitude (T.81 B.2.4.2, table H.2)."""
     bits = np.zeros(17, np.uint8)
     for content in header.contents(DHT):
         while content:
@@ -234,7 +230,12 @@ def _code_bits(header: _JpegHeader, destination: int) -> UInt8[np.ndarray, "17"]
             if content[0] == destination:
                 bits[symbols] = lengths + symbols % 16  # category 16 has no magnitude: it is one value
             content = content[17 + len(lengths) :]
-    return bits
+    by_difference = np.empty(2**16, np.uint8)
+    by_difference[0], by_difference[2**15] = bits[0], bits[16]
+    for category in range(1, 16):
+        low, high = 1 << (category - 1), 1 << category
+        by_difference[low:high] = by_difference[2**16 - high + 1 : 2**16 - low + 1] = bits[category]
+    return by_difference
 
 
 def _to_end_marker(frame: bytes, begin: bytes) -> bytes:

@@ -4,24 +4,22 @@ Elements are found and text is parsed here instead of by pydicom: it reads whole
 its value classes warn with the value and the file name, which may name a patient.
 """
 
-import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
-from io import BufferedReader, BytesIO
+from io import SEEK_END, BufferedReader, BytesIO
 from pathlib import Path
 from typing import NamedTuple
 
 from pydicom import uid
 from pydicom.tag import Tag
 
+from mp3d.data.dicom.inflate import inflating
 from mp3d.data.dicom.walk import UNDEFINED_LENGTH, Walker
 from mp3d.errors import Refusal
 
 MAX_FILE_BYTES = 4 * 2**30
 """An Enhanced CT of 4096 frames of 512 x 512 has half of it."""
-MAX_INFLATED_BYTES = 128 * 2**20
-"""A deflated file may grow to this; one megabyte on disk can hold a gigabyte of zeros."""
 MAX_VALUE_BYTES = 4096
 """Of any element that is read here."""
 MAX_FRAGMENTS = 16384
@@ -40,7 +38,11 @@ File = BufferedReader | BytesIO
 
 @dataclass(frozen=True)
 class Body:
-    """An open file behind its meta information (group 0002), and how to read on. Deflated files are inflated."""
+    """An open file behind its meta information (group 0002), and how to read on. Deflated files are inflated.
+
+    Attributes:
+        size: bytes of the file, deflated where it is.
+    """
 
     file: File
     size: int
@@ -102,9 +104,7 @@ def _open_body(file: File) -> Body:
     meta = {} if bare else _read_meta(file)
     syntax = Values(meta).text("TransferSyntaxUID")
     if syntax == uid.DeflatedExplicitVRLittleEndian:
-        inflated = _inflate(file)
-        file.close()
-        file, size = BytesIO(inflated), len(inflated)
+        file = inflating(file)
     start = file.read(6)
     file.seek(-len(start), 1)
     if bare and start[:2] not in (b"\x08\x00", b"\x00\x08"):  # a bare data set begins with group 0008
@@ -137,28 +137,12 @@ def _read_meta(file: File) -> Elements:
     return meta
 
 
-def _inflate(file: File) -> bytes:
-    """The deflated rest of a file (DICOM PS3.5 A.5)."""
-    from imagecodecs import DeflateError, deflate_decode  # twice as fast as zlib, which knows what to say of bad ones
-
-    deflated = file.read(MAX_INFLATED_BYTES)
-    try:
-        inflated = bytes(deflate_decode(deflated, raw=True, out=MAX_INFLATED_BYTES))
-    except DeflateError:
-        try:
-            inflated = zlib.decompressobj(-zlib.MAX_WBITS).decompress(deflated, MAX_INFLATED_BYTES)
-        except zlib.error as error:
-            raise Refusal("BAD_HEADER", "the deflated data set is damaged; copy or export it again") from error
-    if len(inflated) == MAX_INFLATED_BYTES:
-        raise Refusal("TOO_LARGE", f"the deflated data set inflates to more than {MAX_INFLATED_BYTES >> 20} MiB")
-    return inflated
-
-
 def read_elements(body: Body, keywords: Iterable[str]) -> tuple[Elements, Pixels | None, bool]:
     """Read up to the pixels, or to the end where there are none.
 
     Returns:
         The wanted elements that are there; where the pixels lie; whether the file is cut off, before or inside them.
+        The pixels of a deflated file are not inflated here, so that what is cut inside them shows when they are read.
 
     Raises:
         Refusal: ``UNREADABLE``, ``BAD_HEADER`` or ``TOO_LARGE``.
@@ -172,7 +156,8 @@ def read_elements(body: Body, keywords: Iterable[str]) -> tuple[Elements, Pixels
             if tag == PIXEL_DATA and length == UNDEFINED_LENGTH:
                 return elements, Pixels(walker.at, None), not _reaches_delimiter(body.file, walker.at)
             if tag == PIXEL_DATA:
-                return elements, Pixels(walker.at, length), walker.at + length > body.size
+                cut = walker.at + length > body.size and body.transfer_syntax != uid.DeflatedExplicitVRLittleEndian
+                return elements, Pixels(walker.at, length), cut
             if tag > PIXEL_DATA:
                 end = walker.at + length
                 break
@@ -188,7 +173,7 @@ def read_elements(body: Body, keywords: Iterable[str]) -> tuple[Elements, Pixels
         return elements, None, True
     except OSError as error:
         raise _unreadable(error) from error
-    return elements, None, end != body.size
+    return elements, None, end != body.file.seek(0, SEEK_END)
 
 
 def check_structure(body: Body) -> None:
@@ -267,12 +252,12 @@ class Values:
             raise self._bad(keyword)
         return int(value)
 
-    def unsigned(self, keyword: str) -> int | None:
-        """An unsigned 16-bit integer (VR US)."""
+    def unsigned(self, keyword: str, num_bytes: int = 2) -> int | None:
+        """An unsigned integer of 16 bits (VR US) or another size."""
         raw = self._raw(keyword)
         if not raw:
             return None
-        if len(raw) != 2:
+        if len(raw) != num_bytes:
             raise self._bad(keyword)
         return int.from_bytes(raw, "little" if self._little_endian else "big")
 

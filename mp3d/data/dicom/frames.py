@@ -4,7 +4,6 @@ What a file of its own says in its header, a frame says in functional groups: in
 there on a frame is a slice like any other.
 """
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
@@ -12,22 +11,48 @@ from pathlib import Path
 
 import numpy as np
 from pydicom import uid
-from pydicom.dataset import Dataset
-from pydicom.filereader import read_dataset
-from pydicom.multival import MultiValue
 from pydicom.tag import Tag
 
-from mp3d.data.dicom.elements import ITEM, PIXEL_DATA, File, Pixels, check_structure, open_body, open_source
-from mp3d.data.dicom.header import MULTIFRAME_CLASSES, Header, read_header
+from mp3d.data.dicom.elements import (
+    ITEM,
+    MAX_VALUE_BYTES,
+    PIXEL_DATA,
+    Elements,
+    File,
+    Pixels,
+    Values,
+    open_body,
+    open_source,
+)
+from mp3d.data.dicom.header import MULTIFRAME_CLASSES, Header, read_header, said_spacing_mm
 from mp3d.data.dicom.pixels import NATIVE, check_pixel_format
+from mp3d.data.dicom.walk import UNDEFINED_LENGTH, Walker
 from mp3d.errors import Refusal
 
 MAX_FRAMES = 4096
 MAX_FILE_BYTES = 900 * 2**20
 """Of the decoded frames of one file: 1,800 of 512 x 512. What a hundred kilobytes claim can be far more."""
-SHARED, PER_FRAME = "SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence"
-CONVERTED = ("UnassignedPerFrameConvertedAttributesSequence", "UnassignedSharedConvertedAttributesSequence")
+SHARED, PER_FRAME = 0x52009229, 0x52009230
+"""Shared and Per-frame Functional Groups Sequence."""
+WANTED = {
+    "CTImageFrameTypeSequence": ("FrameType",),
+    "FrameContentSequence": ("StackID", "TemporalPositionIndex", "FrameAcquisitionNumber"),
+    "CTReconstructionSequence": ("ConvolutionKernel",),
+    "CTAcquisitionDetailsSequence": ("GantryDetectorTilt",),
+    "PlanePositionSequence": ("ImagePositionPatient",),
+    "PlaneOrientationSequence": ("ImageOrientationPatient",),
+    "PixelMeasuresSequence": ("PixelSpacing", "SliceThickness", "SpacingBetweenSlices"),
+    "PixelValueTransformationSequence": ("RescaleSlope", "RescaleIntercept", "RescaleType"),
+}
+CONVERTED = frozenset(
+    map(Tag, ("UnassignedPerFrameConvertedAttributesSequence", "UnassignedSharedConvertedAttributesSequence"))
+)
 """Where a legacy-converted image keeps elements of the original files that have no functional group."""
+MACROS: dict[int, frozenset[int]] = {
+    Tag(sequence): frozenset(map(Tag, keywords)) for sequence, keywords in WANTED.items()
+}
+MACROS |= dict.fromkeys(CONVERTED, frozenset().union(*MACROS.values()))
+"""Sequences of the functional groups, and what is read of each."""
 
 
 def image_headers(source: Path | bytes, name: str) -> list[Header]:
@@ -68,86 +93,84 @@ def frame_headers(header: Header) -> list[Header]:
             "export it again",
         )
     places = _frame_pixels(header)
-    try:
-        return [
-            _frame(header, number, pixels, _Groups(group, shared))
-            for number, (group, pixels) in enumerate(zip(groups, places, strict=True), 1)
-        ]
-    except Exception as error:  # pydicom raises whatever its parsing of broken values runs into
-        detail = f"the functional groups (5200,9230) cannot be parsed ({type(error).__name__}); export it again"
-        raise Refusal("BAD_HEADER", f"{header.label}: {detail}") from error
+    return [
+        _frame(header, number, pixels, _values(group, shared, header.little_endian))
+        for number, (group, pixels) in enumerate(zip(groups, places, strict=True), 1)
+    ]
 
 
-def _functional_groups(header: Header) -> tuple[Dataset, list[Dataset]]:
+Group = dict[tuple[int, int], bytes]
+"""What a functional group says: value by tag of the sequence and of the element."""
+
+
+def _functional_groups(header: Header) -> tuple[Group, list[Group]]:
+    """Shared, and of each frame."""
     body = open_body(header.source)
-    with body.file, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # pydicom's warnings quote values, which may name a patient
-        check_structure(body)
+    walker = Walker(body.file, body.implicit_vr, body.little_endian)
+    shared: list[Group] = []
+    own: list[Group] = []
+    with body.file:
         try:
-            dataset = read_dataset(
-                body.file,
-                body.implicit_vr,
-                body.little_endian,
-                stop_when=lambda tag, _vr, _length: tag >= PIXEL_DATA,
-                specific_tags=[Tag(SHARED), Tag(PER_FRAME)],
-            )
-            shared = dataset.get(SHARED) or [Dataset()]
-            return shared[0], list(dataset.get(PER_FRAME) or [])
-        except Exception as error:  # pydicom raises whatever its parsing of broken bytes runs into
-            detail = f"the functional groups (5200,9229) cannot be parsed ({type(error).__name__}); export it again"
-            raise Refusal("BAD_HEADER", f"{header.label}: {detail}") from error
+            while (element := walker.next()) and element.tag < PIXEL_DATA:
+                if element.tag in (SHARED, PER_FRAME):
+                    groups = [_group(walker, end) for end in walker.items(element)]
+                    (own if element.tag == PER_FRAME else shared).extend(groups)
+                else:
+                    walker.skip(element)
+        except EOFError:
+            raise Refusal("BAD_HEADER", f"{header.label} ends inside a sequence; copy or export it again") from None
+        except OSError as error:
+            raise Refusal("UNREADABLE", f"{header.label} cannot be read ({type(error).__name__})") from error
+    return (shared[0] if shared else {}), own
 
 
-class _Groups:
-    """What the functional groups say of one frame: its own, else the shared ones."""
-
-    def __init__(self, own: Dataset, shared: Dataset) -> None:
-        self._groups = (own, shared)
-
-    def text(self, macro: str, keyword: str) -> str:
-        """As it would stand in the header, several values joined by a backslash; empty where it is absent."""
-        for group in self._groups:
-            for sequence in (macro, *CONVERTED):
-                for item in group.get(sequence) or []:
-                    value = item.get(keyword)
-                    if value is not None and value != "":
-                        several = isinstance(value, MultiValue)
-                        return "\\".join(map(str, value)) if several else str(value)
-        return ""
-
-    def numbers(self, macro: str, keyword: str, count: int) -> tuple[float, ...]:
-        text = self.text(macro, keyword)
-        values = tuple(float(part) for part in text.split("\\")) if text else ()
-        if values and len(values) != count:
-            raise ValueError(f"{len(values)} values of {keyword}")
-        return values
-
-    def number(self, macro: str, keyword: str) -> float | None:
-        text = self.text(macro, keyword)
-        return float(text) if text else None
+def _group(walker: Walker, end: int | None) -> Group:
+    group: Group = {}
+    for sequence in walker.elements(end):
+        wanted = MACROS.get(sequence.tag)
+        if wanted is None:
+            walker.skip(sequence)
+            continue
+        for item_end in walker.items(sequence):
+            for element in walker.elements(item_end):
+                if element.tag in wanted and 0 < element.length < UNDEFINED_LENGTH:
+                    value = walker.read(element.length, MAX_VALUE_BYTES + 1)
+                    group.setdefault((sequence.tag, element.tag), value)
+                else:
+                    walker.skip(element)
+    return group
 
 
-def _frame(header: Header, number: int, pixels: Pixels | None, groups: _Groups) -> Header:
-    frame_type = groups.text("CTImageFrameTypeSequence", "FrameType").upper()
-    content = "FrameContentSequence"
-    stack = (groups.text(content, "StackID"), groups.text(content, "TemporalPositionIndex"))
-    rescale = "PixelValueTransformationSequence"
+def _values(own: Group, shared: Group, little_endian: bool) -> Values:
+    """What the groups say of one frame, each element from the place that goes before the others: its own sequence, then
+    those of converted images, in the frame's own group, then in the shared one."""
+    elements: Elements = {}
+    for group in (own, shared):
+        for place in sorted(group, key=lambda place: place[0] in CONVERTED):
+            elements.setdefault(place[1], group[place])
+    return Values(elements, little_endian)
+
+
+def _frame(header: Header, number: int, pixels: Pixels | None, values: Values) -> Header:
+    frame_type = values.text("FrameType").upper()
+    stack = (values.text("StackID"), str(values.unsigned("TemporalPositionIndex", 4) or ""))
     return replace(
         header,
         frame=number,
         number_of_frames=1,
         pixels=pixels,
-        image_type=tuple(frame_type.split("\\")) if frame_type else header.image_type,
-        convolution_kernel=groups.text("CTReconstructionSequence", "ConvolutionKernel") or header.convolution_kernel,
-        acquisition_number=groups.text(content, "FrameAcquisitionNumber") or header.acquisition_number,
-        gantry_tilt_deg=groups.number("CTAcquisitionDetailsSequence", "GantryDetectorTilt"),
-        image_position_patient=groups.numbers("PlanePositionSequence", "ImagePositionPatient", 3),
-        image_orientation_patient=groups.numbers("PlaneOrientationSequence", "ImageOrientationPatient", 6),
-        pixel_spacing_yx_mm=groups.numbers("PixelMeasuresSequence", "PixelSpacing", 2),
-        rescale_slope=groups.number(rescale, "RescaleSlope"),
-        rescale_intercept=groups.number(rescale, "RescaleIntercept"),
-        rescale_type=groups.text(rescale, "RescaleType").upper(),
+        image_type=tuple(part.strip() for part in frame_type.split("\\")) if frame_type else header.image_type,
+        convolution_kernel=values.text("ConvolutionKernel") or header.convolution_kernel,
+        acquisition_number=str(values.unsigned("FrameAcquisitionNumber") or "") or header.acquisition_number,
+        gantry_tilt_deg=values.number("GantryDetectorTilt"),
+        image_position_patient=values.numbers("ImagePositionPatient", 3),
+        image_orientation_patient=values.numbers("ImageOrientationPatient", 6),
+        pixel_spacing_yx_mm=values.numbers("PixelSpacing", 2),
+        rescale_slope=values.single("RescaleSlope"),
+        rescale_intercept=values.single("RescaleIntercept"),
+        rescale_type=values.text("RescaleType").upper(),
         stack=stack if any(stack) else (),
+        said_spacing_mm=said_spacing_mm(values),
     )
 
 

@@ -1,6 +1,6 @@
 """What grouping, geometry and Hounsfield units need of a DICOM file's header; of the patient the id alone is kept."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from pydicom import uid
@@ -17,6 +17,7 @@ KEYWORDS = (
     "ImageOrientationPatient", "FrameOfReferenceUID", "SamplesPerPixel", "PhotometricInterpretation", "NumberOfFrames",
     "Rows", "Columns", "PixelSpacing", "BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation",
     "PixelPaddingValue", "PixelPaddingRangeLimit", "RescaleIntercept", "RescaleSlope", "RescaleType",
+    "SliceThickness", "SpacingBetweenSlices",
 )  # fmt: skip
 
 
@@ -34,7 +35,7 @@ class Header:
     name: str
     source: Path | bytes
     size: int
-    """Bytes of the (inflated) file."""
+    """Bytes of the file, deflated where it is."""
     transfer_syntax: str
     little_endian: bool
     sop_class_uid: str
@@ -75,6 +76,10 @@ class Header:
     """Of a multi-frame image, from 1; 0 is a file of its own."""
     stack: tuple[str, ...] = ()
     """Stack ID and Temporal Position Index of a frame, where it has them."""
+    said_spacing_mm: float | None = None
+    """Spacing Between Slices, else Slice Thickness; a hint, for both are often wrong."""
+    read_s: float = field(default=0.0, compare=False)
+    """Seconds that reading it took, which count against the time that the file may take; 0 where it has many frames."""
 
     @property
     def is_ct(self) -> bool:
@@ -136,7 +141,20 @@ def read_header(source: Path | bytes, name: str = "") -> Header:
         pixels=pixels,
         cut=cut,
         pixel_padding_bits=_padding_bits(values),
+        said_spacing_mm=said_spacing_mm(values),
     )
+
+
+def said_spacing_mm(values: Values) -> float | None:
+    """Where neither can be parsed: that is no reason to refuse a file."""
+    for keyword in ("SpacingBetweenSlices", "SliceThickness"):
+        try:
+            value = values.number(keyword)
+        except Refusal:
+            continue
+        if value:
+            return abs(value)
+    return None
 
 
 def _padding_bits(values: Values) -> tuple[int, ...]:

@@ -6,6 +6,7 @@ bytes as were checked, which needs no parsing and no second process.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -31,19 +32,27 @@ def image_headers(source: Path | bytes, name: str, pool: Pool) -> list[Header]:
         Refusal: as there and :meth:`~mp3d.data.decode.Pool.call`.
     """
     answer = pool.call(Request("image_headers", source, {}, "the file"))
-    return [as_header(header, source, name) for header in answer.value]
+    read_s = answer.took_s if len(answer.value) == 1 else 0.0
+    return [as_header(header | {"read_s": read_s}, source, name) for header in answer.value]
 
 
-def read_slices(headers: Sequence[Header], pool: Pool) -> Iterator[Int16[np.ndarray, "h w"]]:
+def read_slices(
+    headers: Sequence[Header], pool: Pool, out: Int16[np.ndarray, "d h w"] | None = None
+) -> Iterator[Int16[np.ndarray, "h w"]]:
     """:func:`mp3d.data.dicom.pixels.read_hu` of one slice after the other, in workers where they are compressed.
+
+    Where ``out`` is given, the slices are put there and those yielded are its own; of as many slices as there are
+    headers.
 
     Raises:
         Refusal: as there and :meth:`~mp3d.data.decode.Pool.call`.
     """
+    planes = repeat(None) if out is None else out
     if all(header.transfer_syntax in IN_PLACE for header in headers):
-        yield from map(pixels.read_hu, headers)
+        for header, plane in zip(headers, planes, strict=False):
+            yield pixels.read_hu(header, plane)
     else:
-        answers = pool.map(map(_slice_request, headers))
+        answers = pool.map(map(_slice_request, headers, planes))
         for header, answer in zip(headers, answers, strict=True):
             hu = answer.array
             if hu.dtype != np.int16 or hu.shape != (header.rows, header.columns):
@@ -51,14 +60,14 @@ def read_slices(headers: Sequence[Header], pool: Pool) -> Iterator[Int16[np.ndar
             yield hu
 
 
-def _slice_request(header: Header) -> Request:
+def _slice_request(header: Header, out: Int16[np.ndarray, "h w"] | None) -> Request:
     source = header.source
     pixels.check_pixel_format(header)
     if isinstance(source, bytes) and header.pixels and header.transfer_syntax != uid.DeflatedExplicitVRLittleEndian:
         start, length = header.pixels  # of a file with a thousand frames only this one is sent
         source = source[start : None if length is None else start + length]
         header = replace(header, pixels=Pixels(0, length))
-    return Request("read_hu", source, {"header": as_plain(header)}, header.label)
+    return Request("read_hu", source, {"header": as_plain(header)}, header.label, spent_s=header.read_s, out=out)
 
 
 def as_plain(header: Header) -> dict[str, Any]:

@@ -110,8 +110,8 @@ def check_rescale(header: Header) -> None:
         raise Refusal("NOT_HU", f"{header.label}: Rescale Type (0028,1054) is not HU; leave this series out")
 
 
-def read_hu(header: Header) -> Int16[np.ndarray, "h w"]:
-    """Read one slice: decoded, rescaled in float32, rounded once, clipped to int16.
+def read_hu(header: Header, out: Int16[np.ndarray, "h w"] | None = None) -> Int16[np.ndarray, "h w"]:
+    """Read one slice: decoded, rescaled in float32, rounded once, clipped to int16; into ``out`` where it is given.
 
     Raises:
         Refusal: as :func:`check_pixel_format`, :func:`check_rescale` and :func:`read_stored`.
@@ -123,12 +123,16 @@ def read_hu(header: Header) -> Int16[np.ndarray, "h w"]:
     if header.rescale_slope == 1 and intercept.is_integer():  # nearly always, and then integers give the same
         low, high = int(stored.min()) + intercept, int(stored.max()) + intercept
         if INT16.min <= low and high <= INT16.max:
-            return stored.view(np.int16) + np.int64(intercept).astype(np.int16)
+            return np.add(stored.view(np.int16), np.int64(intercept).astype(np.int16), out=out)
     hu = stored.astype(np.float32)
     hu *= np.float32(header.rescale_slope)
     hu += np.float32(intercept)
     np.rint(hu, out=hu)
-    return np.clip(hu, INT16.min, INT16.max, out=hu).astype(np.int16)
+    np.clip(hu, INT16.min, INT16.max, out=hu)
+    if out is None:
+        return hu.astype(np.int16)
+    np.copyto(out, hu, casting="unsafe")
+    return out
 
 
 def read_stored(header: Header) -> Integer[np.ndarray, "h w"]:
@@ -137,23 +141,16 @@ def read_stored(header: Header) -> Integer[np.ndarray, "h w"]:
     Raises:
         Refusal: ``UNREADABLE``, ``TRUNCATED`` or ``DECODE_FAILED``.
     """
-    if header.pixels is None:
-        raise ValueError("the header has no pixels; check_pixel_format comes first")
-    deflated = header.transfer_syntax == uid.DeflatedExplicitVRLittleEndian
-    with open_body(header.source).file if deflated else open_source(header.source) as file:
-        if isinstance(header.source, Path) and file.seek(0, SEEK_END) != header.size:
-            raise Refusal("UNREADABLE", f"{header.label} has changed since its header was read; prepare it again")
-        file.seek(header.pixels.offset)
-        if header.transfer_syntax in NATIVE:
-            length = header.rows * header.columns * 2
-            data = file.read(length)
-            if len(data) != length:
-                raise Refusal("TRUNCATED", f"{header.label} became shorter while it was read; copy it again")
-            raw = np.frombuffer(data, "<u2" if header.little_endian else ">u2").astype(np.uint16, copy=False)
-            return _stored_bits(raw.reshape(header.rows, header.columns), header.bits_stored, header)
-        frame = _read_frame(header, file)
+    native = header.transfer_syntax in NATIVE
     try:
-        decoded = decode_frame(frame, header.transfer_syntax, header.rows, header.columns)
+        pixels = _read_native(header) if native else _read_frame(header)
+    except OSError as error:
+        raise Refusal("UNREADABLE", f"{header.label} cannot be read ({type(error).__name__})") from error
+    if native:
+        raw = np.frombuffer(pixels, "<u2" if header.little_endian else ">u2").astype(np.uint16, copy=False)
+        return _stored_bits(raw.reshape(header.rows, header.columns), header.bits_stored, header)
+    try:
+        decoded = decode_frame(pixels, header.transfer_syntax, header.rows, header.columns)
         _check_sign(header, decoded)
     except Refusal as refusal:
         raise Refusal(refusal.reason, f"{header.label}: {refusal.detail}") from refusal
@@ -161,6 +158,31 @@ def read_stored(header: Header) -> Integer[np.ndarray, "h w"]:
     if header.transfer_syntax not in LOSSY:  # lossy coders of 16 bits overshoot the bits stored, and mean it
         count = min(count, header.bits_stored)
     return _stored_bits(decoded.bits, count, header)
+
+
+def _open_pixels(header: Header) -> File:
+    """The file as it was when its header was read, where the pixels begin."""
+    if header.pixels is None:
+        raise ValueError("the header has no pixels; check_pixel_format comes first")
+    if header.transfer_syntax == uid.DeflatedExplicitVRLittleEndian:
+        body = open_body(header.source)
+        file, size = body.file, body.size
+    else:
+        file = open_source(header.source)
+        size = file.seek(0, SEEK_END)
+    if isinstance(header.source, Path) and size != header.size:
+        file.close()
+        raise Refusal("UNREADABLE", f"{header.label} has changed since its header was read; prepare it again")
+    file.seek(header.pixels.offset)
+    return file
+
+
+def _read_native(header: Header) -> bytes:
+    with _open_pixels(header) as file:
+        pixels = file.read(header.rows * header.columns * 2)
+    if len(pixels) != header.rows * header.columns * 2:
+        raise Refusal("TRUNCATED", f"{header.label} ends inside Pixel Data (7FE0,0010); copy it again")
+    return pixels
 
 
 def _stored_bits(raw: UInt16[np.ndarray, "h w"], count: int, header: Header) -> Integer[np.ndarray, "h w"]:
@@ -191,20 +213,21 @@ def _check_sign(header: Header, decoded: Decoded) -> None:
         )
 
 
-def _read_frame(header: Header, file: File) -> bytes:
+def _read_frame(header: Header) -> bytes:
     """The fragments of a frame: a file's own behind the offset table (DICOM PS3.5 A.4), or where the header says."""
     room = header.rows * header.columns * 2 * MAX_GROWTH + MAX_EXTRA_BYTES
     fragments = []
-    if header.pixels is not None and header.pixels.length is not None:
-        file = BytesIO(file.read(min(header.pixels.length, room)) + SEQUENCE_DELIMITER)
-        fragments.append(b"")
-    while (tag := file.read(4)) == ITEM:
-        length = int.from_bytes(file.read(4), "little")
-        room -= length
-        if room < 0:
-            detail = f"Pixel Data (7FE0,0010) takes over {MAX_GROWTH} times the room of uncompressed pixels"
-            raise Refusal("DECODE_FAILED", f"{header.label}: {detail}; copy or export it again")
-        fragments.append(file.read(length))
+    with _open_pixels(header) as file:
+        if header.pixels is not None and header.pixels.length is not None:
+            file = BytesIO(file.read(min(header.pixels.length, room)) + SEQUENCE_DELIMITER)
+            fragments.append(b"")
+        while (tag := file.read(4)) == ITEM:
+            length = int.from_bytes(file.read(4), "little")
+            room -= length
+            if room < 0:
+                detail = f"Pixel Data (7FE0,0010) takes over {MAX_GROWTH} times the room of uncompressed pixels"
+                raise Refusal("DECODE_FAILED", f"{header.label}: {detail}; copy or export it again")
+            fragments.append(file.read(length))
     if tag != SEQUENCE_DELIMITER or len(fragments) < 2:
         raise Refusal(
             "DECODE_FAILED", f"{header.label}: Pixel Data (7FE0,0010) holds no frame; copy or export it again"

@@ -29,6 +29,8 @@ MAX_VOLUME_BYTES = 4 * 2**30
 ALIKE = 1e-5
 """Pixel spacings of one stack agree to this share, direction cosines to this much: one scanner writes them alike, and
 the far corner of a slice is then a few micrometres off."""
+GAP_FACTOR = 1.5
+"""Slices further apart than so many times what the header says of their spacing or thickness have gaps between them."""
 TILT_TOLERANCE_DEG = 0.1
 MAX_TISSUE_HU = 3071
 """The highest value of the Hounsfield scale on 12 bits. Pixel Padding Value (0028,0120) is believed only above it:
@@ -90,10 +92,9 @@ def load_volume(
     _check_size(max(len(positions), len(slices)), num_rows(grid, first.rows), first.columns, max_bytes)
     hu = np.empty((len(slices), first.rows, first.columns), np.int16)
     num_padded = num_clipped = 0
-    for z, (header, read) in enumerate(zip(slices, isolated.read_slices(slices, pool), strict=True)):
-        hu[z] = read
-        num_padded += _fill_padding(hu[z], header)
-        num_clipped += _may_be_clipped(hu[z], header)
+    for header, plane in zip(slices, isolated.read_slices(slices, pool, hu), strict=True):
+        num_padded += _fill_padding(plane, header)
+        num_clipped += _may_be_clipped(plane, header)
     hu, affine, offsets = regrid(hu, grid)
     nearest = np.rint(positions).astype(int)
     stored = tuple(StoredSlice(slices[z].sop_instance_uid, slices[z].frame, float(offsets[z])) for z in nearest)
@@ -103,6 +104,8 @@ def load_volume(
     warnings += ["HU_CLIPPED"] if num_clipped else []
     warnings += ["TILT_CORRECTED"] if grid.tilt_deg else []
     warnings += ["UNEVEN_RESAMPLED"] if grid.positions is not None else []
+    said = first.said_spacing_mm
+    warnings += ["SLICE_GAPS"] if said and np.linalg.norm(affine[:3, 2]) > GAP_FACTOR * said else []
     warnings += ["NOT_AXIAL"] if np.argmax(np.abs(directions[:, 2])) != 2 else []
     axial = abs(directions[2, 2]) > np.cos(np.radians(TILT_TOLERANCE_DEG))
     if axial and abs(first.gantry_tilt_deg or 0.0) > TILT_TOLERANCE_DEG and not grid.tilt_deg:

@@ -1,5 +1,6 @@
 """From element to element through a DICOM data set (DICOM PS3.5 7), under limits; what is passed over is not read."""
 
+from collections.abc import Iterator
 from struct import Struct
 from typing import BinaryIO, NamedTuple
 
@@ -95,16 +96,21 @@ class Walker:
             Refusal: ``BAD_HEADER`` or ``TOO_LARGE``.
             EOFError: the file ends inside a sequence.
         """
-        if element.length == UNDEFINED_LENGTH:
-            self._skip_sequence(None, element.vr, depth + 1)
-        elif self._deep and _is_sequence(element):
-            self._skip_sequence(self.at + element.length, element.vr, depth + 1)
+        if element.length == UNDEFINED_LENGTH or (self._deep and _is_sequence(element)):
+            self._skip_sequence(element, depth + 1)
         else:
             self.at += element.length
 
-    def _skip_sequence(self, end: int | None, vr: bytes, depth: int) -> None:
-        if depth > MAX_DEPTH:
-            raise Refusal("BAD_HEADER", f"sequences lie more than {MAX_DEPTH} deep in one another; export it again")
+    def items(self, element: Element) -> Iterator[int | None]:
+        """The items of the sequence just met: where each ends, if it says so. Ends behind the sequence.
+
+        Between two items :meth:`elements` is to be used up, or ``at`` set behind the item.
+
+        Raises:
+            Refusal: ``BAD_HEADER`` or ``TOO_LARGE``.
+            EOFError: the file ends inside the sequence.
+        """
+        end = None if element.length == UNDEFINED_LENGTH else self.at + element.length
         while end is None or self.at < end:
             offset, room = self._look()
             if room < 8:
@@ -116,21 +122,27 @@ class Walker:
                 return
             if tag != ITEM:
                 raise Refusal("BAD_HEADER", f"({group:04X},{number:04X}) is no item of a sequence; export it again")
-            if length == UNDEFINED_LENGTH:
-                self._skip_item(None, depth)
-            elif self._deep and vr in (b"", b"SQ", b"UN"):
-                self._skip_item(self.at + length, depth)
-            else:
-                self.at += length
+            yield None if length == UNDEFINED_LENGTH else self.at + length
 
-    def _skip_item(self, end: int | None, depth: int) -> None:
+    def elements(self, end: int | None) -> Iterator[Element]:
+        """The elements of the item just met; each is to be read or skipped before the next. Raises as :meth:`items`."""
         while end is None or self.at < end:
             element = self.next()
             if element is None:
                 raise EOFError
             if element.tag == ITEM_END:
                 return
-            self.skip(element, depth)
+            yield element
+
+    def _skip_sequence(self, element: Element, depth: int) -> None:
+        if depth > MAX_DEPTH:
+            raise Refusal("BAD_HEADER", f"sequences lie more than {MAX_DEPTH} deep in one another; export it again")
+        for end in self.items(element):
+            if end is None or (self._deep and element.vr in (b"", b"SQ", b"UN")):
+                for inner in self.elements(end):
+                    self.skip(inner, depth)
+            else:
+                self.at = end
 
     def _look(self) -> tuple[int, int]:
         """Where in the window the next element begins, and how many bytes it has from there on: 12 or what is left."""
