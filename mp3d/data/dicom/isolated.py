@@ -34,21 +34,31 @@ def image_headers(source: Path | bytes, name: str, pool: Pool) -> list[Header]:
     return [as_header(header, source, name) for header in answer.value]
 
 
-def read_slices(headers: Sequence[Header], pool: Pool) -> Iterator[Int16[np.ndarray, "h w"]]:
+def read_slices(
+    headers: Sequence[Header], pool: Pool, out: Int16[np.ndarray, "d h w"] | None = None
+) -> Iterator[Int16[np.ndarray, "h w"]]:
     """:func:`mp3d.data.dicom.pixels.read_hu` of one slice after the other, in workers where they are compressed.
+
+    Args:
+        out: C-contiguous; where the slices are to lie, which then are views of it.
 
     Raises:
         Refusal: as there and :meth:`~mp3d.data.decode.Pool.call`.
     """
+    rooms = [None] * len(headers) if out is None else out
     if all(header.transfer_syntax in IN_PLACE for header in headers):
-        yield from map(pixels.read_hu, headers)
+        yield from map(pixels.read_hu, headers, rooms)
     else:
         answers = pool.map(map(_slice_request, headers))
-        for header, answer in zip(headers, answers, strict=True):
+        for header, answer, room in zip(headers, answers, rooms, strict=True):
             hu = answer.array
             if hu.dtype != np.int16 or hu.shape != (header.rows, header.columns):
                 raise Refusal("DECODE_FAILED", f"the decoder of {header.label} gave no such image; export it again")
-            yield hu
+            if room is None:
+                yield hu
+            else:
+                room[...] = hu
+                yield room
 
 
 def _slice_request(header: Header) -> Request:

@@ -110,29 +110,37 @@ def check_rescale(header: Header) -> None:
         raise Refusal("NOT_HU", f"{header.label}: Rescale Type (0028,1054) is not HU; leave this series out")
 
 
-def read_hu(header: Header) -> Int16[np.ndarray, "h w"]:
+def read_hu(header: Header, out: Int16[np.ndarray, "h w"] | None = None) -> Int16[np.ndarray, "h w"]:
     """Read one slice: decoded, rescaled in float32, rounded once, clipped to int16.
+
+    Args:
+        out: where it is to lie, C-contiguous; what is not compressed is read to there and copied no more.
 
     Raises:
         Refusal: as :func:`check_pixel_format`, :func:`check_rescale` and :func:`read_stored`.
     """
     check_pixel_format(header)
     check_rescale(header)
-    stored = read_stored(header)
+    out = np.empty((header.rows, header.columns), np.int16) if out is None else out
+    stored = read_stored(header, out.view(np.uint16))
     intercept = header.rescale_intercept or 0.0
     if header.rescale_slope == 1 and intercept.is_integer():  # nearly always, and then integers give the same
         low, high = int(stored.min()) + intercept, int(stored.max()) + intercept
         if INT16.min <= low and high <= INT16.max:
-            return stored.view(np.int16) + np.int64(intercept).astype(np.int16)
+            return np.add(stored.view(np.int16), np.int64(intercept).astype(np.int16), out=out)
     hu = stored.astype(np.float32)
     hu *= np.float32(header.rescale_slope)
     hu += np.float32(intercept)
     np.rint(hu, out=hu)
-    return np.clip(hu, INT16.min, INT16.max, out=hu).astype(np.int16)
+    out[...] = np.clip(hu, INT16.min, INT16.max, out=hu)
+    return out
 
 
-def read_stored(header: Header) -> Integer[np.ndarray, "h w"]:
+def read_stored(header: Header, room: UInt16[np.ndarray, "h w"] | None = None) -> Integer[np.ndarray, "h w"]:
     """The stored values of one slice whose format was checked.
+
+    Args:
+        room: overwritten; what is not compressed is read to there, and may be returned as a view of it.
 
     Raises:
         Refusal: ``UNREADABLE``, ``TRUNCATED`` or ``DECODE_FAILED``.
@@ -145,12 +153,11 @@ def read_stored(header: Header) -> Integer[np.ndarray, "h w"]:
             raise Refusal("UNREADABLE", f"{header.label} has changed since its header was read; prepare it again")
         file.seek(header.pixels.offset)
         if header.transfer_syntax in NATIVE:
-            length = header.rows * header.columns * 2
-            data = file.read(length)
-            if len(data) != length:
+            room = np.empty((header.rows, header.columns), np.uint16) if room is None else room
+            if file.readinto(memoryview(room).cast("B")) != room.nbytes:
                 raise Refusal("TRUNCATED", f"{header.label} became shorter while it was read; copy it again")
-            raw = np.frombuffer(data, "<u2" if header.little_endian else ">u2").astype(np.uint16, copy=False)
-            return _stored_bits(raw.reshape(header.rows, header.columns), header.bits_stored, header)
+            raw = room.view("<u2" if header.little_endian else ">u2").astype(np.uint16, copy=False)
+            return _stored_bits(raw, header.bits_stored, header)
         frame = _read_frame(header, file)
     try:
         decoded = decode_frame(frame, header.transfer_syntax, header.rows, header.columns)

@@ -90,10 +90,9 @@ def load_volume(
     _check_size(max(len(positions), len(slices)), num_rows(grid, first.rows), first.columns, max_bytes)
     hu = np.empty((len(slices), first.rows, first.columns), np.int16)
     num_padded = num_clipped = 0
-    for z, (header, read) in enumerate(zip(slices, isolated.read_slices(slices, pool), strict=True)):
-        hu[z] = read
-        num_padded += _fill_padding(hu[z], header)
-        num_clipped += _may_be_clipped(hu[z], header)
+    for header, slice_ in zip(slices, isolated.read_slices(slices, pool, hu), strict=True):
+        num_padded += _fill_padding(slice_, header)
+        num_clipped += _may_be_clipped(slice_, header)
     hu, affine, offsets = regrid(hu, grid)
     nearest = np.rint(positions).astype(int)
     stored = tuple(StoredSlice(slices[z].sop_instance_uid, slices[z].frame, float(offsets[z])) for z in nearest)
@@ -203,7 +202,8 @@ def _ordered(slices: Sequence[Header], directions: Float[np.ndarray, "3 3"], poo
     twice: set[int] = set()
     for first, *others in same_positions(distances[order]):
         kept = ordered[first]
-        hu, *other_hu = isolated.read_slices([ordered[index] for index in (first, *others)], pool)
+        room = np.empty((1 + len(others), kept.rows, kept.columns), np.int16)
+        hu, *other_hu = isolated.read_slices([ordered[index] for index in (first, *others)], pool, room)
         for index, same in zip(others, other_hu, strict=True):
             other = ordered[index]
             aside = np.abs(np.subtract(kept.image_position_patient, other.image_position_patient)).max()
