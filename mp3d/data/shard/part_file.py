@@ -179,7 +179,7 @@ class PartWriter:
 
 
 def _as_table(rows: Sequence[Row]) -> pa.Table:
-    """The rows as Arrow has them; images that lie one behind the other, as the slices of a volume do, are not copied."""
+    """The rows in Arrow; images that lie one behind the other, as the slices of a volume do, are not copied."""
     images = [pa.py_buffer(row["image"]) for row in rows]
     if all(one.address + one.size == next_.address for one, next_ in pairwise(images)):
         bounds = np.cumsum([0, *(image.size for image in images)], dtype=np.int32)

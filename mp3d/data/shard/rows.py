@@ -59,7 +59,7 @@ def hashed_id(value: str, key: bytes) -> str:
 
 
 def series_rows(series: CTSeries, split: str, origin: Origin) -> list[Row]:
-    """The rows of a CT series, slices in ascending order; their images are views of the volume where it is contiguous.
+    """The rows of a CT series, slices in ascending order; images are views of the volume where that is contiguous.
 
     Raises:
         ValueError: no slices, pixels that are not int16, an affine that is not finite or has no extent, or a truth that
