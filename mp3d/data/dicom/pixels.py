@@ -154,7 +154,7 @@ def read_stored(header: Header, room: UInt16[np.ndarray, "h w"] | None = None) -
         file.seek(header.pixels.offset)
         if header.transfer_syntax in NATIVE:
             room = np.empty((header.rows, header.columns), np.uint16) if room is None else room
-            if file.readinto(memoryview(room).cast("B")) != room.nbytes:
+            if file.readinto(room.data.cast("B")) != room.nbytes:
                 raise Refusal("TRUNCATED", f"{header.label} became shorter while it was read; copy it again")
             raw = room.view("<u2" if header.little_endian else ">u2").astype(np.uint16, copy=False)
             return _stored_bits(raw, header.bits_stored, header)

@@ -87,7 +87,7 @@ def series_rows(series: CTSeries, split: str, origin: Origin) -> list[Row]:
             | {
                 "z_index": series.first_index + z,
                 "z_mm": z * volume.spacing_mm[0],
-                "image": memoryview(hu[z]).cast("B"),
+                "image": hu[z].data.cast("B"),
             }
         )
         for z, truth in enumerate(series.truths)
