@@ -27,6 +27,7 @@ import tyro
 from mp3d import cli
 from mp3d.data import READERS
 from mp3d.data.id_key import id_key_path, load_id_key
+from mp3d.data.part import ITEM_TIMEOUT_S
 from mp3d.data.prepare import PrepareResult, prepare
 from mp3d.data.source import Source
 from mp3d.data.splits import SPLITS, assign_splits
@@ -60,6 +61,8 @@ class Options:
     """Series or pictures that may be refused before the exit code is 5."""
     retry_rejects: bool = False
     """Read once more what was refused by an earlier run of this command."""
+    item_timeout_s: float = ITEM_TIMEOUT_S
+    """Seconds by the clock after which a series that is still being read is refused."""
     report: bool = False
     """Read the shards back and write their data passport: counts, hashes, leaks, spacing, HU, boxes, anchors."""
     compare: tyro.conf.UseAppendAction[tuple[Path, ...]] = ()
@@ -92,6 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         split_fractions=options.split_fractions,
         split_seed=options.split_seed,
         retry_rejects=options.retry_rejects,
+        item_timeout_s=options.item_timeout_s,
         progress=Progress(),
     )
     print_result(result, source)

@@ -24,6 +24,10 @@ def echo(source: Source, **arguments: Any) -> tuple[Any, np.ndarray]:
     return arguments | {"pid": os.getpid()}, np.frombuffer(content, np.uint8).reshape(1, -1)
 
 
+def count(_: Source, number: int) -> Any:
+    return {"number": number, "pid": os.getpid()}, None
+
+
 def die(_: Source, number: int) -> Any:
     os.kill(os.getpid(), number)
     time.sleep(60)
@@ -65,7 +69,19 @@ def look_around(_: Source) -> Any:
 
 decode_worker.TASKS |= {
     task.__name__: task
-    for task in (echo, die, spin, stand_still, fill_memory, answer_too_much, panic, refuse, write_file, look_around)
+    for task in (
+        echo,
+        count,
+        die,
+        spin,
+        stand_still,
+        fill_memory,
+        answer_too_much,
+        panic,
+        refuse,
+        write_file,
+        look_around,
+    )
 }
 
 if __name__ == "__main__":

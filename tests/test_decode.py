@@ -157,6 +157,31 @@ def test_a_refusal_stands_at_its_place_and_the_rest_can_be_read(pool: Pool) -> N
     assert pool.call(request("echo", b"d")).array.tobytes() == b"d"
 
 
+def test_files_that_wait_for_their_turn_pay_for_no_other(pool: Pool, tmp_path: Path) -> None:
+    files = [tmp_path / str(number) for number in range(40)]
+    tasks = dict.fromkeys(range(40), "count") | {3: "refuse", 7: "die", 8: "panic", 21: "stand_still", 22: "die"}
+    requests = [
+        request(task, files[i], **({"number": 9} if task == "die" else {"number": i} if task == "count" else {}))
+        for i, task in tasks.items()
+    ]
+    answers = pool.call_each(requests)
+    refused = {i: answer.reason for i, answer in enumerate(answers) if isinstance(answer, Refusal)}
+    assert refused == {
+        3: "NOT_CT", 7: "DECODE_LIMIT", 8: "DECODE_FAILED", 21: "DECODE_LIMIT", 22: "DECODE_LIMIT"
+    }  # fmt: skip
+    told = {i: answer.value for i, answer in enumerate(answers) if not isinstance(answer, Refusal)}
+    assert [value["number"] for value in told.values()] == [i for i in range(40) if i not in refused]
+    assert len({value["pid"] for value in told.values()}) == 3  # two died in a row
+
+
+def test_an_array_that_the_next_answer_may_have_overwritten_is_none(pool: Pool, tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"a")
+    several = pool.call_each([request("echo", tmp_path / "a")] * 2)
+    assert [answer.reason for answer in several if isinstance(answer, Refusal)] == ["DECODE_CRASHED"]
+    alone = pool.call_each([request("echo", b"a")] * 2)
+    assert [bytes(answer.array) for answer in alone if not isinstance(answer, Refusal)] == [b"a"] * 2
+
+
 def test_threads_share_a_pool() -> None:
     wrong: list[int] = []
 

@@ -208,6 +208,7 @@ def test_as_many_frames_as_are_read_stay_within_the_limits_of_a_file() -> None:
     few.PerFrameFunctionalGroupsSequence = list(few.PerFrameFunctionalGroupsSequence) * (MAX_FRAMES // 8)
     few.NumberOfFrames, few.PixelData = MAX_FRAMES, few.PixelData * (MAX_FRAMES // 8)
     with Pool() as pool:
-        headers = isolated.image_headers(to_bytes(few), "", pool)
+        ((_, headers),) = isolated.image_headers([("", to_bytes(few))], pool)
+    assert not isinstance(headers, Refusal)
     assert len(headers) == MAX_FRAMES
     assert len({header.image_position_patient for header in headers}) == 8

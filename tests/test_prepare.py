@@ -6,6 +6,10 @@ import json
 import resource
 import signal
 import stat
+import subprocess
+import sys
+import threading
+import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -14,6 +18,7 @@ import numpy as np
 import pytest
 
 from mp3d.data.part import Part, finished, prepare_part, run_here
+from mp3d.data.plan import claim
 from mp3d.data.prepare import PrepareResult, prepare
 from mp3d.data.reasons import REASONS
 from mp3d.data.series import CTSeries, Picture, Truth
@@ -241,8 +246,12 @@ def test_full_disk_is_said_and_the_same_command_goes_on(tmp_path, monkeypatch, f
     def replace_or_fail(self: Path, target: Path, rename=Path.replace) -> Path:
         return full() if Path(target).name == file else rename(self, target)  # type: ignore[return-value]
 
+    def link_or_fail(self: Path, target: Path, link=Path.hardlink_to) -> None:
+        full() if self.name == file else link(self, target)
+
     with monkeypatch.context() as patch:
         patch.setattr(Path, "replace", replace_or_fail)
+        patch.setattr(Path, "hardlink_to", link_or_fail)
         with pytest.raises(ResourceError, match="no room is left to write into .*No space left on device.*goes on"):
             run(broken_source(), tmp_path / "cut")
     left = content(tmp_path / "cut")
@@ -250,6 +259,28 @@ def test_full_disk_is_said_and_the_same_command_goes_on(tmp_path, monkeypatch, f
     assert MANIFEST not in left
     run(broken_source(), tmp_path / "cut")
     assert content(tmp_path / "cut") == content(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("file", ["part-00003.parquet", "part-00003.json", "sources.json", MANIFEST])
+def test_folder_that_can_no_longer_be_written_is_said_and_the_same_command_goes_on(tmp_path, monkeypatch, file):
+    def replace_or_fail(self: Path, target: Path, rename=Path.replace) -> Path:
+        if Path(target).name == file:
+            raise OSError(errno.EROFS, "Read-only file system")
+        return rename(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", replace_or_fail)
+        with pytest.raises(ResourceError, match="cannot be written .Read-only file system.*goes on"):
+            run(broken_source(), tmp_path / "cut")
+    run(broken_source(), tmp_path / "cut")
+    run(broken_source(), tmp_path / "whole")
+    assert content(tmp_path / "cut") == content(tmp_path / "whole")
+
+
+def test_a_file_system_without_hard_links_will_do(tmp_path, monkeypatch):
+    monkeypatch.setattr(Path, "hardlink_to", lambda *_: give_up(PermissionError(errno.EPERM, "not permitted")))
+    run(make_source(2), tmp_path / "out")
+    assert run(make_source(2), tmp_path / "out").already_prepared
 
 
 def test_full_disk_in_the_middle_of_a_part_leaves_nothing_of_it(tmp_path):
@@ -365,6 +396,28 @@ def test_two_runs_do_not_share_a_folder(tmp_path):
     assert run(make_source(2), tmp_path / "out").already_prepared
 
 
+def test_of_runs_that_begin_at_once_one_gets_the_folder(tmp_path):
+    for turn in range(20):
+        start, got = threading.Barrier(6), []
+
+        def begin(out: Path, start: threading.Barrier = start, got: list = got) -> None:
+            start.wait()
+            try:
+                got.append(claim(out, {"dataset": "blobs"}))
+            except ConfigError as error:
+                got.append(str(error))
+
+        threads = [threading.Thread(target=begin, args=(tmp_path / str(turn),)) for _ in range(6)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        (mine,) = [file for file in got if not isinstance(file, str)]
+        assert ["another run" in told for told in got if told != mine] == [True] * 5
+        mine.close()
+        assert list(content(tmp_path / str(turn))) == ["plan.json"]
+
+
 def test_patient_that_the_reader_takes_for_two_is_found(tmp_path):
     items = tuple(Item(f"{split}", f"{split}", split, partial(blob_series, 1)) for split in ("train", "test"))
     with pytest.raises(DataError, match="one patient as two"):
@@ -381,6 +434,62 @@ def test_keys_must_be_unique(tmp_path):
 def test_empty_parts_are_no_option(tmp_path):
     with pytest.raises(ConfigError, match="at least one"):
         run(make_source(), tmp_path / "out", items_per_part=0)
+
+
+@pytest.mark.parametrize("seconds", [0, -1, float("nan"), float("inf")])
+def test_time_limits_that_are_none(tmp_path, seconds):
+    with pytest.raises(ConfigError, match="item_timeout_s is"):
+        run(make_source(), tmp_path / "out", item_timeout_s=seconds)
+
+
+def hang(stubborn: bool) -> CTSeries:
+    """The stubborn one goes on after the first time it is told to stop."""
+    try:
+        time.sleep(60)
+    except BaseException:
+        if not stubborn:
+            raise
+    time.sleep(60)
+    raise AssertionError
+
+
+def test_an_item_that_never_ends_is_refused_and_the_rest_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setattr("mp3d.data.time_limit.REMIND_S", 0.2)
+    before = signal.getsignal(signal.SIGALRM)
+    source = make_source()
+    bad = tuple(Item(f"Smith/{i}", "Smith", None, partial(hang, stubborn)) for i, stubborn in enumerate([False, True]))
+    result = run(replace(source, items=(*bad, *source.items)), tmp_path / "out", item_timeout_s=1.5)
+    assert [(key, reject.reason) for key, reject in result.rejects] == [(f"Smith/{i}", "READER_OVERDUE") for i in "01"]
+    assert "took more than 1.5 s" in result.rejects[0][1].detail
+    assert len(open_shards(tmp_path / "out").entries) == 6
+    assert signal.getsignal(signal.SIGALRM) is before
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+
+
+def test_what_no_signal_can_interrupt_ends_its_process():
+    code = (
+        "import signal, time; from mp3d.data.time_limit import time_limit\n"
+        "with time_limit(0.2, end_process=True): pass\n"
+        "time.sleep(0.8); print('alive', flush=True)\n"
+        "signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGALRM})\n"
+        "with time_limit(0.2, end_process=True): time.sleep(60)"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=50, check=False)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (1, "alive\n", "")
+
+
+def test_one_flipped_bit_in_what_is_told_of_a_part_is_found_and_mended(tmp_path):
+    """Of a sidecar that was altered nothing comes into the manifest; bits of pixels are found when they are read."""
+    run(make_source(), tmp_path / "out")
+    before = content(tmp_path / "out")
+    path = tmp_path / "out" / "part-00003.json"
+    rng = np.random.default_rng(0)
+    for place in range(0, len(before[path.name]) - 1, 29):
+        bad = bytearray(before[path.name])
+        bad[place] ^= 1 << int(rng.integers(7))
+        path.write_bytes(bad)
+        run(make_source(), tmp_path / "out")
+        assert content(tmp_path / "out") == before
 
 
 def test_warnings_are_counted(tmp_path):

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -92,13 +93,15 @@ def test_no_reader_stops_the_others_whatever_it_does(tmp_path):
         Item("always", "always", "train", partial(end_the_process, None)),
         Item("once", "once", "train", partial(end_the_process, tmp_path / "flag")),
         Item("exit", "exit", "train", partial(give_up, SystemExit(1))),
+        Item("hang", "hang", "train", partial(time.sleep, 600)),  # type: ignore[arg-type]
         Item("memory", "memory", "train", partial(give_up, MemoryError())),
     )
     source = Source("blobs", "tiny/1", ("lesion",), (*good[:3], *bad, *good[3:]))
-    result = prepare(source, tmp_path / "out", id_key=KEY, runner="ray", items_per_part=4)
+    result = prepare(source, tmp_path / "out", id_key=KEY, runner="ray", items_per_part=4, item_timeout_s=5.0)
     assert [(key, reject.reason) for key, reject in result.rejects] == [
         ("always", "READER_CRASHED"),
         ("exit", "READER_FAILED"),
+        ("hang", "READER_OVERDUE"),
         ("memory", "READER_FAILED"),
     ]
     assert result.counts["train"]["series"] == 7

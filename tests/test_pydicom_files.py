@@ -70,10 +70,10 @@ def series_verdict(name: str, pool: Pool) -> str:
 def pixels_verdict(source: Path | bytes, pool: Pool) -> tuple[str, list[np.ndarray]]:
     """What its images come to, be they CT or not, and their stored values: a missing slope is taken for 1."""
     try:
-        headers = [
-            replace(header, rescale_slope=1.0, rescale_intercept=0.0, rescale_type="")
-            for header in isolated.image_headers(source, "", pool)
-        ]
+        ((_, found),) = isolated.image_headers([("", source)], pool)
+        if isinstance(found, Refusal):
+            return found.reason, []
+        headers = [replace(header, rescale_slope=1.0, rescale_intercept=0.0, rescale_type="") for header in found]
         images = list(isolated.read_slices(headers, pool))
     except Refusal as refusal:
         return refusal.reason, []

@@ -18,8 +18,9 @@ import subprocess
 import sys
 import tempfile
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from queue import LifoQueue
@@ -40,6 +41,8 @@ START_S = 60.0
 KEPT_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(32 * 2**20), "MALLOC_TRIM_THRESHOLD_": str(64 * 2**20)}
 """For glibc: a worker keeps what one slice took for the next. Else a third of its time goes into getting zeroed pages
 from the system and giving them back, slice by slice."""
+REQUESTS_AHEAD = 16
+"""Files that a worker finds waiting; so many names fit into a socket, whatever the answers."""
 LIMIT_SIGNALS = (signal.SIGXCPU, signal.SIGKILL)
 """A worker that ends by one of these met the limit of processor time, or the machine had no memory left."""
 
@@ -113,14 +116,26 @@ class Pool:
         Raises:
             Refusal: that of the task, or ``DECODE_CRASHED``, ``DECODE_LIMIT`` or ``DECODE_FAILED``.
         """
+        (answer,) = self.call_each([request])
+        if isinstance(answer, Refusal):
+            raise answer
+        return answer
+
+    def call_each(self, requests: Sequence[Request]) -> list[Answer | Refusal]:
+        """Have one task after the other done by one worker, which need not wait for the next; what :meth:`call` would
+        return or raise, in order. For many small tasks that make no array: it would be overwritten by the next."""
         worker = self._idle.get()
+        answers: list[Answer | Refusal] = []
         try:
-            if worker is not None and not worker.alive:
-                worker.end()
-                worker = None
-            if worker is None:
-                worker = _Worker(self.module, self.limits)
-            return worker.call(request)
+            while rest := requests[len(answers) :]:
+                if worker is not None and not worker.alive:
+                    worker.end()
+                    worker = None
+                if worker is None:
+                    worker = _Worker(self.module, self.limits)
+                ahead = 1 if any(isinstance(request.source, bytes) for request in rest) else REQUESTS_AHEAD
+                answers += worker.call_each(rest[:ahead])
+            return answers
         finally:
             self._idle.put(worker)
 
@@ -209,15 +224,37 @@ class _Worker:
     def alive(self) -> bool:
         return not self._ended and self._process.poll() is None
 
-    def call(self, request: Request) -> Answer:
+    def call_each(self, requests: Sequence[Request]) -> list[Answer | Refusal]:
+        """The answers to all, or to those up to the one that ended the worker."""
+        answers: list[Answer | Refusal] = []
         started = monotonic()
-        deadline = started + self._limits.wall_s - request.spent_s
-        blob = request.source if isinstance(request.source, bytes) else b""
-        path = None if isinstance(request.source, bytes) else os.fspath(request.source)
-        message = json.dumps([request.task, path, len(blob), request.arguments]).encode()
+        deadline = started + self._limits.wall_s - requests[0].spent_s
         try:
-            send(self._socket, message, blob, deadline)
+            for request in requests:
+                blob = request.source if isinstance(request.source, bytes) else b""
+                path = None if isinstance(request.source, bytes) else os.fspath(request.source)
+                message = json.dumps([request.task, path, len(blob), request.arguments]).encode()
+                with suppress(OSError):  # whose fault it is shows in who gets no answer
+                    send(self._socket, message, blob, deadline)
+            for request in requests:
+                try:
+                    answers.append(self._receive(request, started, alone=len(requests) == 1))
+                except Refusal as refusal:
+                    answers.append(refusal)
+                    if self._ended:
+                        break
+                started = monotonic()
+        except BaseException:  # Ctrl-C: the answers to come must not be taken for those of the next files
+            self.end()
+            raise
+        return answers
+
+    def _receive(self, request: Request, started: float, alone: bool) -> Answer:
+        deadline = started + self._limits.wall_s - request.spent_s
+        try:
             content = json.loads(receive(self._socket, deadline, MAX_ANSWER_BYTES))
+            if "array" in content and not alone:
+                raise TypeError
             return Answer(*self._answer(content, request), monotonic() - started)
         except Refusal:
             raise
@@ -232,9 +269,6 @@ class _Worker:
             how = signal.Signals(-code).name if code < 0 else type(error).__name__
             detail = f"reading {request.label} ended its process ({how}); copy or export it again"
             raise Refusal("DECODE_CRASHED", detail) from None
-        except BaseException:  # Ctrl-C: the answer to come must not be taken for that of the next file
-            self.end()
-            raise
 
     def _answer(self, content: dict[str, Any], request: Request) -> tuple[Any, np.ndarray]:
         if refusal := content.get("refusal"):

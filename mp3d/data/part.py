@@ -5,8 +5,10 @@ import logging
 import os
 import pickle
 import signal
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from hashlib import sha256
 from pathlib import Path
 from traceback import extract_tb
 from typing import Any
@@ -23,16 +25,20 @@ from mp3d.data.shard import (
     entry_from_dict,
     hashed_id,
     is_disk_full,
+    is_not_writable,
     json_text,
     picture_rows,
     series_rows,
     write_aside,
 )
 from mp3d.data.source import Item
+from mp3d.data.time_limit import Overdue, time_limit
 from mp3d.errors import DataError, Refusal
 
 Refused = Sequence[tuple[str, Refusal]]
 
+ITEM_TIMEOUT_S = 1800.0
+"""A series takes seconds, a few minutes where it is large, compressed, and on a slow disk."""
 MAX_TRIES = 3
 """How often a task is repeated whose process ended on the same item."""
 
@@ -46,6 +52,8 @@ class Part:
     splits: tuple[str, ...]
     folder: Path
     origin: Origin
+    timeout_s: float = ITEM_TIMEOUT_S
+    """For reading one item."""
 
     @property
     def sidecar(self) -> Path:
@@ -89,10 +97,10 @@ def prepare_part(part: Part, *, repeated: bool = False) -> tuple[int, int]:
     with PartWriter(part.parquet) as writer:
         for place, (item, split) in enumerate(zip(part.items, part.splits, strict=True)):
             if repeated and not _may_try(part, place):
-                detail = f"reading it ended its process {MAX_TRIES} times: a crash, or too little memory"
+                detail = f"reading it ended its process {MAX_TRIES} times: a crash, too little memory, or a hang"
                 rows, warnings, refused = [], (), [(item.key, Refusal("READER_CRASHED", detail))]
             else:
-                rows, warnings, refused = _load_rows(item, split, part.origin)
+                rows, warnings, refused = _load_rows(item, split, part, repeated)
             rejects += (Reject(hashed_id(key, part.origin.id_key), it.reason, it.detail) for key, it in refused)
             if rows:
                 writer.append(rows, warnings)
@@ -104,7 +112,7 @@ def prepare_part(part: Part, *, repeated: bool = False) -> tuple[int, int]:
         "series": [entry_as_dict(entry) for entry in writer.entries],
         "rejects": [asdict(reject) for reject in rejects],
     }
-    write_aside(part.sidecar, json_text(content))
+    write_aside(part.sidecar, json_text(content | {"digest": _digest(content)}))
     part.tries.unlink(missing_ok=True)
     return sum(entry.num_rows for entry in writer.entries), len(rejects)
 
@@ -130,9 +138,12 @@ def _may_try(part: Part, place: int) -> bool:
 
 
 def finished(part: Part) -> PartReport | None:
-    """The report of a complete part: its Parquet file has the size and, by its footer, the rows of the sidecar."""
+    """The report of a complete part: its sidecar is what was written, its Parquet file has the size and, by its footer,
+    the rows that stand there."""
     try:
         content = json.loads(part.sidecar.read_bytes())
+        if content.pop("digest") != _digest(content):
+            return None
         file = content["file"]
         if file and (part.parquet.stat().st_size != file["bytes"] or count_rows(part.parquet) != file["rows"]):
             return None
@@ -141,8 +152,12 @@ def finished(part: Part) -> PartReport | None:
             entries=tuple(entry_from_dict(entry) for entry in content["series"]),
             rejects=tuple(Reject(**reject) for reject in content["rejects"]),
         )
-    except (OSError, ValueError, LookupError, TypeError, DataError):
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, DataError):
         return None  # not there, or damaged: it is simply written again
+
+
+def _digest(content: dict[str, Any]) -> str:
+    return sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def run_here(parts: Sequence[Part]) -> Iterator[tuple[int, int]]:
@@ -162,11 +177,12 @@ def run_on_ray(parts: Sequence[Part]) -> Iterator[tuple[int, int]]:
     context.execution_options.preserve_order = True
     context.enable_progress_bars = False  # the caller tells the progress, in rows and rejects
     with ray.data.DataContext.current(context):
-        rows = [{"part": cloudpickle.dumps(part)} for part in parts]  # pyright: ignore[reportPrivateImportUsage]
+        # the headers of the slices of a series are much alike, and all of them lie in Ray's memory at once
+        rows = [{"part": zlib.compress(cloudpickle.dumps(part), 1)} for part in parts]  # pyright: ignore[reportPrivateImportUsage]
         reports = ray.data.from_items(rows, override_num_blocks=len(rows)).map(_prepare_pickled, num_cpus=1)
         for report in reports.iter_rows():
-            if report["disk_full"]:
-                raise OSError(report["disk_full"], os.strerror(report["disk_full"]))
+            if report["errno"]:
+                raise OSError(report["errno"], os.strerror(report["errno"]))
             yield report["rows"], report["rejects"]
 
 
@@ -177,25 +193,31 @@ def quiet_ray_data() -> None:
 
 
 def _prepare_pickled(row: dict[str, Any]) -> dict[str, Any]:
-    """Rows, rejects, and the ``errno`` of a full disk, else 0: Ray would wrap the error, and print where it was."""
+    """Rows, rejects, and the ``errno`` of a folder that cannot be written, else 0: Ray would wrap the error, and print
+    where it was."""
     try:
-        rows, rejects = prepare_part(pickle.loads(row["part"]), repeated=True)
+        rows, rejects = prepare_part(pickle.loads(zlib.decompress(row["part"])), repeated=True)
     except OSError as error:
-        if not is_disk_full(error):
+        if not (is_disk_full(error) or is_not_writable(error)):
             raise
-        return {"rows": 0, "rejects": 0, "disk_full": error.errno}
-    return {"rows": rows, "rejects": rejects, "disk_full": 0}
+        return {"rows": 0, "rejects": 0, "errno": error.errno}
+    return {"rows": rows, "rejects": rejects, "errno": 0}
 
 
-def _load_rows(item: Item, split: str, origin: Origin) -> tuple[list[Row], Sequence[str], Refused]:
+def _load_rows(item: Item, split: str, part: Part, repeated: bool) -> tuple[list[Row], Sequence[str], Refused]:
     """Rows, warnings and refusals of one item, whatever its reader does; only for a full disk no item is to blame."""
+    origin = part.origin
     try:
-        loaded = item.load()
-        if isinstance(loaded, CTSeries):
-            return series_rows(loaded, split, origin), loaded.warnings, ()
-        return picture_rows(loaded.pictures, split, origin), loaded.warnings, loaded.refused
+        with time_limit(part.timeout_s, end_process=repeated):
+            loaded = item.load()
+            if isinstance(loaded, CTSeries):
+                return series_rows(loaded, split, origin), loaded.warnings, ()
+            return picture_rows(loaded.pictures, split, origin), loaded.warnings, loaded.refused
     except Refusal as refusal:
         return [], (), [(item.key, refusal)]
+    except Overdue:
+        detail = f"reading it took more than {part.timeout_s:g} s: a disk that does not answer, or a file without end"
+        return [], (), [(item.key, Refusal("READER_OVERDUE", detail))]
     except (KeyboardInterrupt, GeneratorExit):
         raise
     except BaseException as error:  # a reader may call sys.exit, and the panics of some libraries are no Exception

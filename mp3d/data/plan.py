@@ -6,7 +6,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any, TextIO
 
-from mp3d.data.shard import ASIDE_PATTERN, FORMAT_VERSION, hashed_id, is_disk_full, json_text, write_aside
+from mp3d.data.shard import ASIDE_PATTERN, FORMAT_VERSION, hashed_id, is_disk_full, json_text, write_once
 from mp3d.data.source import Source
 from mp3d.errors import ConfigError
 
@@ -50,7 +50,7 @@ def claim(out: Path, plan: dict[str, Any]) -> TextIO:
         if foreign and PLAN not in foreign:
             raise ConfigError(f"{out} holds {foreign[0]}, but no {PLAN}; choose a new folder for the shards")
         if not foreign:
-            write_aside(path, json_text(plan))
+            write_once(path, json_text(plan))  # of two runs that begin at once, both lock the file of one
         file = path.open("r+")
     except OSError as error:
         if is_disk_full(error):

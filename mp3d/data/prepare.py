@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from mp3d.data.part import Part, PartReport, finished, run_here, run_on_ray
+from mp3d.data.part import ITEM_TIMEOUT_S, Part, PartReport, finished, run_here, run_on_ray
 from mp3d.data.plan import claim, make_plan
 from mp3d.data.shard import (
     MANIFEST,
@@ -23,6 +23,7 @@ from mp3d.data.shard import (
     entry_as_dict,
     hashed_id,
     is_disk_full,
+    is_not_writable,
     json_text,
     manifest_text,
     write_aside,
@@ -33,6 +34,7 @@ from mp3d.data.splits import SPLITS, SplitFractions, assign_splits
 from mp3d.errors import ConfigError, DataError, ResourceError
 
 SOURCES = "sources.json"
+MAX_TIMEOUT_S = 1e6
 
 Progress = Callable[[int, int, int, int], None]
 """Called with parts done, parts in all, rows written and rejects, each including what an earlier run did."""
@@ -69,6 +71,7 @@ def prepare(
     split_fractions: SplitFractions = (0.7, 0.15, 0.15),
     split_seed: int = 0,
     retry_rejects: bool = False,
+    item_timeout_s: float = ITEM_TIMEOUT_S,
     progress: Progress | None = None,
 ) -> PrepareResult:
     """Write a data set into a folder of its own, or finish what was begun there.
@@ -85,17 +88,18 @@ def prepare(
         split_fractions: see :func:`mp3d.data.splits.assign_splits`.
         split_seed: another number, another draw.
         retry_rejects: do the parts with rejects once more, after what was wrong (a disk, a permission) was mended.
+        item_timeout_s: an item that takes longer to be read is refused.
         progress: called once at the start and once for each finished part.
 
     Raises:
         ConfigError: wrong options, or a folder that holds something else, was begun with another plan, or is being
             prepared.
         DataError: nothing to prepare or nothing usable, or one patient in two splits.
-        ResourceError: the disk is full; what was finished stands.
+        ResourceError: the disk is full, or the folder can no longer be written; what was finished stands.
     """
     out = out.absolute()
     splits = assign_splits(source.items, split_fractions, split_seed)
-    parts = _parts(source, splits, out, id_key, items_per_part)
+    parts = _parts(source, splits, out, id_key, items_per_part, item_timeout_s)
     rule = {"items_per_part": items_per_part, "split_fractions": list(split_fractions), "split_seed": split_seed}
     plan = make_plan(source, id_key, rule)
     with room_on_disk(out), claim(out, plan):
@@ -149,15 +153,22 @@ def room_on_disk(out: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        if is_not_writable(error):
+            detail = f"{out}, or what belongs beside it, cannot be written ({os.strerror(error.errno or 0)})"
+            raise ResourceError(f"{detail}; mend that, then give the same command again: it goes on") from error
         if not is_disk_full(error):
             raise
         detail = f"no room is left to write into {out} or beside it ({os.strerror(error.errno or 0)})"
         raise ResourceError(f"{detail}; free some, then give the same command again: it goes on") from error
 
 
-def _parts(source: Source, splits: dict[str, str], out: Path, id_key: bytes, items_per_part: int) -> list[Part]:
+def _parts(
+    source: Source, splits: dict[str, str], out: Path, id_key: bytes, items_per_part: int, item_timeout_s: float
+) -> list[Part]:
     if items_per_part < 1:
         raise ConfigError(f"items_per_part is {items_per_part}; a part holds at least one")
+    if not 0 < item_timeout_s < MAX_TIMEOUT_S:  # also NaN
+        raise ConfigError(f"item_timeout_s is {item_timeout_s:g}; it must be above 0 and below {MAX_TIMEOUT_S:g}")
     if not source.items and not source.refused:
         raise DataError(f"{source.reader} found nothing to read; check --root")
     for key, times in Counter(item.key for item in source.items).items():
@@ -166,7 +177,7 @@ def _parts(source: Source, splits: dict[str, str], out: Path, id_key: bytes, ite
     origin = Origin(source.dataset, source.reader, id_key)
     groups = [source.items[start : start + items_per_part] for start in range(0, len(source.items), items_per_part)]
     return [
-        Part(index, items, tuple(splits[item.patient] for item in items), out, origin)
+        Part(index, items, tuple(splits[item.patient] for item in items), out, origin, item_timeout_s)
         for index, items in enumerate(groups)
     ]
 

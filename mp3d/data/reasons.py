@@ -58,6 +58,7 @@ REASONS: dict[str, str] = {
     "BOX_OFF_SLICE": "A row of the table of boxes names no slice of its series. Mend the line that the detail names.",
     # the program
     "READER_FAILED": "A defect of the reader, not of the data. Report it with its text.",
+    "READER_OVERDUE": "Reading did not come to an end. Leave it out, or give more time and retry rejects.",
     "READER_CRASHED": "Reading ended its process again and again. Leave it out, or give more memory and retry rejects.",
 }
 """Why a file or series is not used, and what to do."""

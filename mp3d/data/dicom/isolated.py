@@ -4,9 +4,9 @@ Of a file that is not compressed a worker reads the header; its pixels are then 
 bytes as were checked, which needs no parsing and no second process.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from itertools import repeat
+from itertools import islice, repeat
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from jaxtyping import Int16
 from pydantic import TypeAdapter
 from pydicom import uid
 
-from mp3d.data.decode import Pool, Request, Task
+from mp3d.data.decode import REQUESTS_AHEAD, Pool, Request, Task
 from mp3d.data.dicom import frames, pixels
 from mp3d.data.dicom.elements import Pixels
 from mp3d.data.dicom.header import Header
@@ -25,15 +25,23 @@ IN_PLACE = pixels.NATIVE - {uid.DeflatedExplicitVRLittleEndian}
 _HEADER = TypeAdapter(Header)
 
 
-def image_headers(source: Path | bytes, name: str, pool: Pool) -> list[Header]:
-    """:func:`mp3d.data.dicom.frames.image_headers` in a worker.
+def image_headers(
+    sources: Iterable[tuple[str, Path | bytes]], pool: Pool
+) -> Iterator[tuple[str, list[Header] | Refusal]]:
+    """:func:`mp3d.data.dicom.frames.image_headers` of one named file after the other, in a worker.
 
-    Raises:
-        Refusal: as there and :meth:`~mp3d.data.decode.Pool.call`.
+    Yields:
+        The name, and what is returned or raised there or by :meth:`~mp3d.data.decode.Pool.call`.
     """
-    answer = pool.call(Request("image_headers", source, {}, "the file"))
-    read_s = answer.took_s if len(answer.value) == 1 else 0.0
-    return [as_header(header | {"read_s": read_s}, source, name) for header in answer.value]
+    left = iter(sources)
+    while some := list(islice(left, REQUESTS_AHEAD)):
+        answers = pool.call_each([Request("image_headers", source, {}, "the file") for _, source in some])
+        for (name, source), answer in zip(some, answers, strict=True):
+            if isinstance(answer, Refusal):
+                yield name, answer
+            else:
+                read_s = answer.took_s if len(answer.value) == 1 else 0.0
+                yield name, [as_header(header | {"read_s": read_s}, source, name) for header in answer.value]
 
 
 def read_slices(
@@ -41,8 +49,8 @@ def read_slices(
 ) -> Iterator[Int16[np.ndarray, "h w"]]:
     """:func:`mp3d.data.dicom.pixels.read_hu` of one slice after the other, in workers where they are compressed.
 
-    Where ``out`` is given, the slices are put there and those yielded are its own; of as many slices as there are
-    headers.
+    Args:
+        out: C-contiguous, as many slices as there are headers; where they are put, and those yielded are its own.
 
     Raises:
         Refusal: as there and :meth:`~mp3d.data.decode.Pool.call`.

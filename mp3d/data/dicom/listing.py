@@ -101,12 +101,10 @@ def group_series(
     pool = pool or shared_pool()
     listing = Listing([], [], [])
     groups: dict[tuple, list[Header]] = defaultdict(list)
-    for name, source in _sources(files):
-        try:
-            images = isolated.image_headers(source, name, pool)
-        except Refusal as refusal:
-            if refusal.reason != "NOT_DICOM" or not _is_companion(name):
-                listing.refused.append((name, refusal))
+    for name, images in isolated.image_headers(_sources(files), pool):
+        if isinstance(images, Refusal):
+            if images.reason != "NOT_DICOM" or not _is_companion(name):
+                listing.refused.append((name, images))
             continue
         header = images[0]
         if header.modality in OBJECT_MODALITIES or header.sop_class_uid == uid.MediaStorageDirectoryStorage:

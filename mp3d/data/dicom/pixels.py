@@ -111,14 +111,18 @@ def check_rescale(header: Header) -> None:
 
 
 def read_hu(header: Header, out: Int16[np.ndarray, "h w"] | None = None) -> Int16[np.ndarray, "h w"]:
-    """Read one slice: decoded, rescaled in float32, rounded once, clipped to int16; into ``out`` where it is given.
+    """Read one slice: decoded, rescaled in float32, rounded once, clipped to int16.
+
+    Args:
+        out: where it is to lie, C-contiguous; what is not compressed is read to there and copied no more.
 
     Raises:
         Refusal: as :func:`check_pixel_format`, :func:`check_rescale` and :func:`read_stored`.
     """
     check_pixel_format(header)
     check_rescale(header)
-    stored = read_stored(header)
+    out = np.empty((header.rows, header.columns), np.int16) if out is None else out
+    stored = read_stored(header, out.view(np.uint16))
     intercept = header.rescale_intercept or 0.0
     if header.rescale_slope == 1 and intercept.is_integer():  # nearly always, and then integers give the same
         low, high = int(stored.min()) + intercept, int(stored.max()) + intercept
@@ -128,29 +132,27 @@ def read_hu(header: Header, out: Int16[np.ndarray, "h w"] | None = None) -> Int1
     hu *= np.float32(header.rescale_slope)
     hu += np.float32(intercept)
     np.rint(hu, out=hu)
-    np.clip(hu, INT16.min, INT16.max, out=hu)
-    if out is None:
-        return hu.astype(np.int16)
-    np.copyto(out, hu, casting="unsafe")
+    out[...] = np.clip(hu, INT16.min, INT16.max, out=hu)
     return out
 
 
-def read_stored(header: Header) -> Integer[np.ndarray, "h w"]:
+def read_stored(header: Header, room: UInt16[np.ndarray, "h w"] | None = None) -> Integer[np.ndarray, "h w"]:
     """The stored values of one slice whose format was checked.
+
+    Args:
+        room: overwritten; what is not compressed is read to there, and may be returned as a view of it.
 
     Raises:
         Refusal: ``UNREADABLE``, ``TRUNCATED`` or ``DECODE_FAILED``.
     """
-    native = header.transfer_syntax in NATIVE
     try:
-        pixels = _read_native(header) if native else _read_frame(header)
+        if header.transfer_syntax in NATIVE:
+            return _stored_bits(_read_native(header, room), header.bits_stored, header)
+        frame = _read_frame(header)
     except OSError as error:
         raise Refusal("UNREADABLE", f"{header.label} cannot be read ({type(error).__name__})") from error
-    if native:
-        raw = np.frombuffer(pixels, "<u2" if header.little_endian else ">u2").astype(np.uint16, copy=False)
-        return _stored_bits(raw.reshape(header.rows, header.columns), header.bits_stored, header)
     try:
-        decoded = decode_frame(pixels, header.transfer_syntax, header.rows, header.columns)
+        decoded = decode_frame(frame, header.transfer_syntax, header.rows, header.columns)
         _check_sign(header, decoded)
     except Refusal as refusal:
         raise Refusal(refusal.reason, f"{header.label}: {refusal.detail}") from refusal
@@ -177,12 +179,13 @@ def _open_pixels(header: Header) -> File:
     return file
 
 
-def _read_native(header: Header) -> bytes:
+def _read_native(header: Header, room: UInt16[np.ndarray, "h w"] | None) -> UInt16[np.ndarray, "h w"]:
+    room = np.empty((header.rows, header.columns), np.uint16) if room is None else room
     with _open_pixels(header) as file:
-        pixels = file.read(header.rows * header.columns * 2)
-    if len(pixels) != header.rows * header.columns * 2:
+        length = file.readinto(room.data.cast("B"))
+    if length != room.nbytes:
         raise Refusal("TRUNCATED", f"{header.label} ends inside Pixel Data (7FE0,0010); copy it again")
-    return pixels
+    return room.view("<u2" if header.little_endian else ">u2").astype(np.uint16, copy=False)
 
 
 def _stored_bits(raw: UInt16[np.ndarray, "h w"], count: int, header: Header) -> Integer[np.ndarray, "h w"]:

@@ -206,7 +206,8 @@ def _ordered(slices: Sequence[Header], directions: Float[np.ndarray, "3 3"], poo
     twice: set[int] = set()
     for first, *others in same_positions(distances[order]):
         kept = ordered[first]
-        hu, *other_hu = isolated.read_slices([ordered[index] for index in (first, *others)], pool)
+        room = np.empty((1 + len(others), kept.rows, kept.columns), np.int16)
+        hu, *other_hu = isolated.read_slices([ordered[index] for index in (first, *others)], pool, room)
         for index, same in zip(others, other_hu, strict=True):
             other = ordered[index]
             aside = np.abs(np.subtract(kept.image_position_patient, other.image_position_patient)).max()

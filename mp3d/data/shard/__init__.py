@@ -15,7 +15,7 @@ it is parsed; every row has a CRC of its own, compared when it is read, which al
 other readers of Parquet, which know no manifest, every page carries Parquet's checksum too.
 """
 
-from mp3d.data.shard.aside import ASIDE_PATTERN, is_disk_full, json_text, write_aside
+from mp3d.data.shard.aside import ASIDE_PATTERN, is_disk_full, is_not_writable, json_text, write_aside, write_once
 from mp3d.data.shard.cache import cached
 from mp3d.data.shard.columns import read_columns
 from mp3d.data.shard.manifest import (
@@ -60,6 +60,7 @@ __all__ = [
     "entry_from_dict",
     "hashed_id",
     "is_disk_full",
+    "is_not_writable",
     "json_text",
     "manifest_text",
     "open_shards",
@@ -68,5 +69,6 @@ __all__ = [
     "row_is_intact",
     "series_rows",
     "write_aside",
+    "write_once",
     "write_manifest",
 ]

@@ -9,6 +9,7 @@ from typing import Any
 
 ASIDE_PATTERN = ".*.aside"
 """What a killed writer may leave behind."""
+_NOT_WRITABLE = frozenset({errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE, errno.ENOTDIR})
 _NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 """The disk, the user's quota or the largest file is full."""
 
@@ -16,6 +17,11 @@ _NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 def is_disk_full(error: BaseException) -> bool:
     """Whether writing failed for want of room, which nothing in the data is to blame for."""
     return isinstance(error, OSError) and error.errno in _NO_ROOM
+
+
+def is_not_writable(error: BaseException) -> bool:
+    """Whether writing failed because the folder, or the disk below it, takes nothing any more."""
+    return isinstance(error, OSError) and error.errno in _NOT_WRITABLE
 
 
 def create_aside(path: Path, mode: int = 0o666) -> Path:
@@ -27,9 +33,13 @@ def create_aside(path: Path, mode: int = 0o666) -> Path:
 
 def commit_aside(temporary: Path, path: Path) -> None:
     """Give the written file its name, once its content is on the disk."""
-    with temporary.open("rb") as file:
-        os.fsync(file.fileno())
+    _sync(temporary)
     temporary.replace(path)
+
+
+def _sync(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
 
 
 def json_text(content: dict[str, Any]) -> str:
@@ -41,6 +51,23 @@ def json_text(content: dict[str, Any]) -> str:
             text = "[\n  " + ",\n  ".join(json.dumps(element, sort_keys=True) for element in value) + "\n ]"
         fields.append(f" {json.dumps(name)}: {text}")
     return "{\n" + ",\n".join(fields) + "\n}\n"
+
+
+def write_once(path: Path, text: str) -> None:
+    """Write a whole text file where there is none; one that another process just wrote stays."""
+    temporary = create_aside(path)
+    try:
+        temporary.write_text(text)
+        _sync(temporary)
+        try:
+            path.hardlink_to(temporary)
+        except (PermissionError, NotImplementedError):  # a file system without hard links
+            temporary.replace(path)
+    except OSError:
+        if not path.exists():  # nor by another process
+            raise
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def write_aside(path: Path, text: str, mode: int = 0o666) -> Path:

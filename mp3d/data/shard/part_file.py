@@ -3,12 +3,15 @@
 import zlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from errno import EIO
 from functools import lru_cache
 from hashlib import sha256
+from itertools import pairwise
 from os import SEEK_CUR, SEEK_END, SEEK_SET
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -130,7 +133,7 @@ class PartWriter:
         largest = max(len(row["image"]) for row in rows)
         per_group = max(MIN_ROWS_PER_GROUP, ROW_GROUP_BYTES // max(largest, 1))
         for start in range(0, len(rows), per_group):  # so that only one group exists twice in memory
-            self._writer.write_table(pa.Table.from_pylist(list(rows[start : start + per_group]), SCHEMA))
+            self._writer.write_table(_as_table(rows[start : start + per_group]))
         counts = tuple(None if row["boxes"] is None else len(row["boxes"]) // 4 for row in rows)
         marked = tuple(None if row["mask"] is None else row["mask"].strip(b"\0") != b"" for row in rows)
         first = rows[0]
@@ -155,12 +158,17 @@ class PartWriter:
         """Read the file once more for its checksums, then give it its name."""
         starts = [0, *_group_ends(pq.read_metadata(self._temporary))]
         digest, crcs = sha256(), []
-        with self._temporary.open("rb") as file:
-            for start, end in zip(starts, [*starts[1:], None], strict=True):
-                content = file.read(-1 if end is None else end - start)
+        with self._temporary.open("rb", buffering=0) as file:
+            size = file.seek(0, SEEK_END)
+            file.seek(0)
+            lengths = [end - start for start, end in pairwise([*starts, size])]
+            room = memoryview(bytearray(max(lengths)))  # new memory for each would take longer than reading
+            for length in lengths:
+                content = room[:length]
+                if file.readinto(content) != length:
+                    raise OSError(EIO, "what was just written cannot be read", str(self._temporary))
                 digest.update(content)
                 crcs.append(zlib.crc32(content))
-            size = file.tell()
         *groups, footer = crcs
         self.entries = [
             replace(entry, group_crc32=tuple(groups[entry.first_row_group :][: entry.num_groups]), footer_crc32=footer)
@@ -168,6 +176,20 @@ class PartWriter:
         ]
         commit_aside(self._temporary, self.path)
         self.file = PartFile(self.path.name, sum(entry.num_rows for entry in self.entries), size, digest.hexdigest())
+
+
+def _as_table(rows: Sequence[Row]) -> pa.Table:
+    """The rows in Arrow; images that lie one behind the other, as the slices of a volume do, are not copied."""
+    images = [pa.py_buffer(row["image"]) for row in rows]
+    if all(one.address + one.size == next_.address for one, next_ in pairwise(images)):
+        bounds = np.cumsum([0, *(image.size for image in images)], dtype=np.int32)
+        content = pa.foreign_buffer(images[0].address, int(bounds[-1]), base=images)
+        column = pa.BinaryArray.from_buffers(pa.binary(), len(images), [None, pa.py_buffer(bounds), content])
+    else:
+        column = pa.array([row["image"] for row in rows], pa.binary())
+    place = SCHEMA.get_field_index("image")
+    rest = pa.Table.from_pylist(list(rows), SCHEMA.remove(place))
+    return rest.add_column(place, SCHEMA.field(place), column)
 
 
 def count_rows(path: Path) -> int:

@@ -59,7 +59,7 @@ def hashed_id(value: str, key: bytes) -> str:
 
 
 def series_rows(series: CTSeries, split: str, origin: Origin) -> list[Row]:
-    """The rows of a CT series, slices in ascending order.
+    """The rows of a CT series, slices in ascending order; images are views of the volume where that is contiguous.
 
     Raises:
         ValueError: no slices, pixels that are not int16, an affine that is not finite or has no extent, or a truth that
@@ -70,6 +70,7 @@ def series_rows(series: CTSeries, split: str, origin: Origin) -> list[Row]:
         raise ValueError(f"pixels are {volume.hu.dtype} {volume.hu.shape}; they must be int16 (d, h, w), each above 0")
     if not np.isfinite(volume.affine).all() or min(volume.spacing_mm) <= 0:
         raise ValueError(f"spacing (z, y, x) is {volume.spacing_mm} mm; it must be above 0, and the affine finite")
+    hu = np.ascontiguousarray(volume.hu, dtype="<i2")
     common = {
         **_identity(series.patient, series.study, series.series, split, origin),
         "spacing_mm": list(volume.spacing_mm),
@@ -86,7 +87,7 @@ def series_rows(series: CTSeries, split: str, origin: Origin) -> list[Row]:
             | {
                 "z_index": series.first_index + z,
                 "z_mm": z * volume.spacing_mm[0],
-                "image": np.ascontiguousarray(volume.hu[z], dtype="<i2").tobytes(),
+                "image": hu[z].data.cast("B"),
             }
         )
         for z, truth in enumerate(series.truths)
