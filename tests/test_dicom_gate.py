@@ -164,7 +164,7 @@ def test_a_disk_that_fails_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     (series,) = group_series(files(ct_slices(made_volume()))).series
 
     class Failing(BytesIO):
-        def read(self, *_: Any) -> bytes:
+        def readinto(self, *_: Any) -> int:
             raise OSError(5, "Input/output error")
 
     monkeypatch.setattr(pixels, "open_source", lambda _: Failing())
