@@ -18,7 +18,11 @@ from mp3d.config import ClipConfig
 BLOCK_ROWS = 64
 """Rows that are interpolated at a time: the three buffers, of 64 x 512 float32, stay in a core's cache."""
 SAME_SLICE = 0.01
-"""A clip's slice this near to a stored one, in slice numbers, is that slice: its truth holds."""
+"""A clip's slice this near to a stored one, in slice numbers, is that slice."""
+MOSTLY_SLICE = 0.25
+"""A clip's slice this near to a stored one is three quarters of it, so that its truth serves for training: at a spacing
+that 2.5 mm is no multiple of, such as 3.27 mm, hardly any slice of a slab is a stored one beside the key slice.
+"""
 
 
 def window_positions(
@@ -39,18 +43,21 @@ def window_positions(
     return np.clip(key + offsets, 0, num_source - 1)
 
 
-def stored_slices(positions: Float[np.ndarray, "d"], near: int = 0) -> dict[int, int]:
+def stored_slices(
+    positions: Float[np.ndarray, "d"], near: int = 0, tolerance: float = SAME_SLICE
+) -> dict[int, int]:
     """Which slices of a clip are stored ones and not interpolated: index in the clip to slice number.
 
     Args:
         positions: of the clip's slices, clamped at the ends of the series.
         near: index; of the copies of an outermost slice only the one nearest to it counts.
+        tolerance: in slice numbers; of several slices within it the nearest counts.
     """
-    nearest = {}
-    for index in sorted(range(len(positions)), key=lambda index: -abs(index - near)):
-        number = round(float(positions[index]))
-        if abs(positions[index] - number) <= SAME_SLICE:
-            nearest[number] = index
+    nearest: dict[int, int] = {}
+    distances = np.abs(positions - np.rint(positions))
+    for index in sorted(range(len(positions)), key=lambda index: (-round(distances[index], 6), -abs(index - near))):
+        if distances[index] <= tolerance:
+            nearest[round(float(positions[index]))] = index
     return {index: number for number, index in nearest.items()}
 
 

@@ -13,25 +13,24 @@ Differs from the authors' config, as torchvision does:
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from typing import cast
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
+from torchvision.models.detection.faster_rcnn import FastRCNNPredictor
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
-from torchvision.ops import MultiScaleRoIAlign
-from torchvision.ops.poolers import initLevelMapper
 
 from mp3d.config import ClipConfig, DetectionHead, ModelConfig
 from mp3d.models.anchors import build_anchor_generator
 from mp3d.models.backbone import build_neck
+from mp3d.models.folded import conv_pixels
+from mp3d.models.roi_align import ROI_SIZE, PyramidRoIAlign, RoIMLP
 from mp3d.models.transform import ClipBatch, ClipTransform
 from mp3d.sample import Clip, Prediction, Target
 
-ROI_SIZE = 7
-ROI_LEVELS = ("0", "1", "2", "3")
-ROI_STRIDES = (4, 8, 16, 32)
 BOX_CODER_WEIGHTS = (10.0, 10.0, 5.0, 5.0)
 """The reciprocals of the authors' standard deviations 0.1, 0.1, 0.2, 0.2."""
 
@@ -40,8 +39,12 @@ class Float32RPNHead(RPNHead):
     """Hands on float32 under autocast too: torchvision decodes boxes in the deltas' precision, 8 bits in bfloat16."""
 
     def forward(self, x: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        logits, deltas = super().forward(x)
-        return [level.float() for level in logits], [level.float() for level in deltas]
+        # both 1 x 1 convolutions in one
+        weight = torch.cat([self.cls_logits.weight, self.bbox_pred.weight])
+        bias = torch.cat([cast(Tensor, self.cls_logits.bias), cast(Tensor, self.bbox_pred.bias)])
+        parts = (self.cls_logits.out_channels, self.bbox_pred.out_channels)
+        levels = [conv_pixels(self.conv(level), weight, bias).float().split(parts, dim=1) for level in x]
+        return [logits for logits, _ in levels], [deltas for _, deltas in levels]
 
 
 class Float32Predictor(FastRCNNPredictor):
@@ -70,13 +73,9 @@ def build_rpn(head: DetectionHead) -> RegionProposalNetwork:
 
 def build_roi_heads(head: DetectionHead) -> RoIHeads:
     """RoIAlign on P2..P5, two fully connected layers, one box per class."""
-    align = MultiScaleRoIAlign(list(ROI_LEVELS), output_size=ROI_SIZE, sampling_ratio=2)
-    # torchvision would infer the scales from its first batch, and wrongly where much of a small picture is padding.
-    align.scales = [1 / stride for stride in ROI_STRIDES]
-    align.map_levels = initLevelMapper(2, 5, align.canonical_scale, align.canonical_level)
     return RoIHeads(
-        align,
-        TwoMLPHead(head.fpn_channels * ROI_SIZE**2, head.box_features),
+        PyramidRoIAlign(),
+        RoIMLP(head.fpn_channels * ROI_SIZE**2, head.box_features),
         Float32Predictor(head.box_features, head.num_classes + 1),
         fg_iou_thresh=head.box_iou,
         bg_iou_thresh=head.box_iou,
