@@ -136,7 +136,9 @@ def judged(run: Path, shards: Path, split: str, read: Variant, key_slices: int |
 
 def scores_of(results: Sequence[KeySliceResult]) -> np.ndarray:
     """Those named in SCORES."""
-    precision = average_precision([(each.boxes, each.scores) for each in results], [each.true_boxes for each in results])
+    precision = average_precision(
+        [(each.boxes, each.scores) for each in results], [each.true_boxes for each in results]
+    )
     return np.array([froc_of(results).mean_sensitivity, precision])
 
 

@@ -17,7 +17,9 @@ SIZE = (96, 160)
 def maps(num_slices: int, dtype: torch.dtype = torch.float32) -> OrderedDict[str, Tensor]:
     torch.manual_seed(0)
     made = [torch.randn(num_slices, 8, SIZE[0] // stride, SIZE[1] // stride, dtype=dtype) for stride in ROI_STRIDES]
-    return OrderedDict(zip(ROI_LEVELS, (each.contiguous(memory_format=torch.channels_last) for each in made)))
+    return OrderedDict(
+        zip(ROI_LEVELS, (each.contiguous(memory_format=torch.channels_last) for each in made), strict=True)
+    )
 
 
 def boxes(count: int, seed: int) -> Tensor:
@@ -55,7 +57,9 @@ def test_maps_in_bfloat16_are_mixed_in_float32():
     features = maps(1, torch.bfloat16)
     exact = OrderedDict((level, each.float()) for level, each in features.items())
     with torch.no_grad():
-        assert torch.equal(PyramidRoIAlign()(features, [boxes(30, 0)], [SIZE]), PyramidRoIAlign()(exact, [boxes(30, 0)], [SIZE]))
+        assert torch.equal(
+            PyramidRoIAlign()(features, [boxes(30, 0)], [SIZE]), PyramidRoIAlign()(exact, [boxes(30, 0)], [SIZE])
+        )
 
 
 def test_gradients_are_those_of_torchvision():

@@ -43,9 +43,7 @@ def window_positions(
     return np.clip(key + offsets, 0, num_source - 1)
 
 
-def stored_slices(
-    positions: Float[np.ndarray, "d"], near: int = 0, tolerance: float = SAME_SLICE
-) -> dict[int, int]:
+def stored_slices(positions: Float[np.ndarray, "d"], near: int = 0, tolerance: float = SAME_SLICE) -> dict[int, int]:
     """Which slices of a clip are stored ones and not interpolated: index in the clip to slice number.
 
     Args:
