@@ -49,7 +49,7 @@ CPU = pick_device("cpu")
 MODES: tuple[SeriesMode, ...] = ("window", "slab", "stream")
 SAMPLE: dict[SeriesMode, int] = {"window": 2, "slab": 9}
 """Grid slices on which a mode is timed in a round; a stream is timed on all of the series."""
-PICTURES = 4
+PICTURES = 16
 """Three-slice pictures in a batch of the 2D detector."""
 PUBLISHED = "window, published norm (gn3d)"
 FLAT = "torchvision 2D, 3 slices"

@@ -229,6 +229,10 @@ class ServeConfig(Config):
     """How a series is read (``mp3d/predict.py``); auto: as the checkpoint was trained, streamed where its evaluation
     allows it.
     """
+    phases: PositiveInt = 1
+    """Times that a series is read, each time on a grid shifted by an equal part of its 2.5 mm. 1 answers for every 2.5
+    mm; 3 for every slice of 1 mm.
+    """
     score_threshold: Fraction = 0.3
     """Findings below it are not reported."""
     max_findings: PositiveInt = 200

@@ -8,7 +8,7 @@ to 1.5 mm at 3 and 4 mm spacing; here every neighbour has its own, unless ``Clip
 A whole series is always read exactly.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from jaxtyping import Float, Int16
@@ -118,17 +118,32 @@ class SeriesGrid:
         return np.minimum(np.floor(self.positions + 0.5).astype(int), self.num_source - 1)
 
 
-def series_grid(num_source: int, source_spacing_mm: float, clip: ClipConfig, through: int = 0) -> SeriesGrid:
+def series_grid(num_source: int, source_spacing_mm: float, clip: ClipConfig, through: float = 0) -> SeriesGrid:
     """Grid of the clip's spacing over a whole series.
 
     Args:
-        through: a source slice that is on the grid; the first one, unless it must be another.
+        through: a (fractional) slice number that is on the grid; the first one, unless it must be another.
     """
     step = _step(source_spacing_mm, clip)
     # a hair of tolerance, so that the first and last slice are not lost to rounding where the spacings divide evenly
     before, behind = (int(np.floor(slices / step + 1e-6)) for slices in (through, num_source - 1 - through))
     positions = through + np.arange(-before, behind + 1) * step
     return SeriesGrid(num_source, step, np.clip(positions, 0, num_source - 1))
+
+
+def phased_grids(num_source: int, source_spacing_mm: float, clip: ClipConfig, phases: int) -> list[SeriesGrid]:
+    """Grids over a whole series, each shifted by an equal part of the clip's spacing from the one before.
+
+    With as many phases as source slices lie in a grid step, every source slice is the nearest to some grid slice: where
+    all grids end before the last one, the grid that would come next to it has it too.
+    """
+    step, last = _step(source_spacing_mm, clip), num_source - 1
+    grids = [series_grid(num_source, source_spacing_mm, clip, phase / phases * step) for phase in range(phases)]
+    grids = [grid for grid in grids if len(grid.positions)]
+    if phases > 1 and all(grid.nearest_source[-1] < last for grid in grids):
+        number = min(range(len(grids)), key=lambda number: grids[number].positions[-1])
+        grids[number] = replace(grids[number], positions=np.append(grids[number].positions, last))
+    return grids
 
 
 def _authors_distances(distances: Float[np.ndarray, "d"], step: float) -> Float[np.ndarray, "d"]:

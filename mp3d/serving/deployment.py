@@ -66,7 +66,9 @@ class Detector:
             raise CheckpointError(
                 f"{checkpoint.path} is no longer what it was when the application was built; deploy again"
             )
-        predictor = Predictor.open(checkpoint, "gpu" if settings.gpus_per_replica else "cpu", settings.mode)
+        predictor = Predictor.open(
+            checkpoint, "gpu" if settings.gpus_per_replica else "cpu", settings.mode, settings.phases
+        )
         self.engine = Engine(predictor, expected, settings)
         self.thread = ThreadPoolExecutor(1, thread_name_prefix="detector")
 
