@@ -209,7 +209,7 @@ def print_peaks(size: int, proposals: int, precision: str) -> None:
         f"\n| mode, {precision} | slices | peak of the process, MB | of it before the first slice (weights, volume) |"
     )
     print("| --- | --- | --- | --- |")
-    series: list[tuple[SeriesMode, int]] = [("window", 64), ("slab", 64), ("stream", 64), ("stream", 256)]
+    series: list[tuple[SeriesMode, int]] = [("stream", 64), ("stream", 256), ("slab", 64), ("window", 64)]
     for mode, num_slices in series:
         options = [str(size), mode, str(num_slices), str(proposals), precision]
         done = subprocess.run(
