@@ -112,7 +112,8 @@ class PixelwiseFPN(FeaturePyramidNetwork):
     """torchvision's, with its 1 x 1 convolutions on the faster path."""
 
     def get_result_from_inner_blocks(self, x: Tensor, idx: int) -> Tensor:
-        conv: Any = self.inner_blocks[idx][0]
+        blocks: Any = self.inner_blocks
+        conv = blocks[idx][0]
         return conv_pixels(x, conv.weight, conv.bias)
 
 

@@ -258,8 +258,8 @@ def deeplesion_mp3d63_paper() -> TrainConfig:
 
 
 def deeplesion_mp3d63() -> TrainConfig:
-    """MP3D-63 on DeepLesion: slabs, group norm per slice, fitted anchors of two sizes a level, exact z interpolation, 300
-    proposals a slice in evaluation (published: 1000).
+    """MP3D-63 on DeepLesion: slabs, group norm per slice, fitted anchors of two sizes a level, exact z interpolation;
+    300 proposals a slice in evaluation (published: 1000).
 
     A step costs about twice the paper's.
 
