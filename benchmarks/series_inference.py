@@ -28,6 +28,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
+from typing import Any
 
 import numpy as np
 import torch
@@ -95,7 +96,7 @@ def whole(model: LesionDetector, mode: SeriesMode, dtype: torch.dtype | None, hu
 
 def backbone(model: LesionDetector, mode: SeriesMode, dtype: torch.dtype | None, hu: np.ndarray) -> Iterator[int]:
     """From normalised slices to the maps of the group transforms."""
-    neck = copy.copy(model.backbone)
+    neck: Any = copy.copy(model.backbone)
     neck._modules = {**neck._modules, "fpn": nn.Identity()}
     keys = SAMPLE.get(mode, len(hu))
     x = torch.from_numpy(np.resize(hu, (keys + 8, *hu.shape[1:])))
