@@ -1,32 +1,39 @@
 """A whole series by window, slab and stream, beside the published style and a 2D detector: CPU time and memory.
 
-    python benchmarks/series_inference.py [--size 512] [--slices 64] [--rounds 5] [--proposals 1000] [--peak]
+    python benchmarks/series_inference.py [--size 512] [--slices 64] [--series 1] [--rounds 5] [--proposals 300]
+                                          [--rows PATTERN] [--peak]
 
-MP3D-63 with random weights on noise, whose answers cost as much as any. Every row takes its turn in every round; the
-tables hold medians of CPU seconds per slice of the z grid, which other processes disturb less than the clock. Windows
-and slabs are timed on a sample of the series, streams on all of it, their slow start and end included. ``--peak``
-also runs series of 64 and of 256 slices in processes of their own and reports their peak memory.
+MP3D-63 with random weights on noise, whose answers cost as much as any. All rows take turns, round after round; the
+table holds CPU seconds per slice of the z grid, which other processes disturb less than the clock. Windows and slabs
+are timed on a sample in every round, and their median counts. A stream goes on in each round where it stopped in the
+last, and its whole series counts, slow start and end included; with ``--series 5`` five series are streamed so, and the
+median of their totals counts. ``--peak`` also runs series of 64 and of 256 slices in processes of their own and reports
+their peak memory.
 
-At 512 x 512 on one core a round takes about two minutes and ``--peak`` fifteen.
+At 512 x 512 on one core a series with its five rounds takes about ten minutes and ``--peak`` as long.
 """
 
 import argparse
 import copy
 import gc
+import math
 import os
-import platform
+import re
 import resource
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import islice
+from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Int16
+from machine import cpu_model
 from torch import nn
 from torchvision.models.detection import fasterrcnn_resnet50_fpn
 
@@ -41,21 +48,31 @@ from mp3d.sample import Clip
 
 CPU = pick_device("cpu")
 MODES: tuple[SeriesMode, ...] = ("window", "slab", "stream")
-SAMPLE: dict[SeriesMode, int] = {"window": 4, "slab": 9}
-"""Grid slices on which a mode is timed; a stream is timed on all."""
-PICTURES = 8
+SAMPLE: dict[SeriesMode, int] = {"window": 2, "slab": 9}
+"""Grid slices on which a mode is timed in a round; a stream is timed on all of the series."""
+PICTURES = 16
 """Three-slice pictures in a batch of the 2D detector."""
+PUBLISHED = "window, published norm (gn3d)"
+FLAT = "torchvision 2D, 3 slices"
 MB = 2**20
 
 
-@dataclass(frozen=True)
+@dataclass
 class Row:
-    """Something that is timed: ``run`` computes some grid slices and returns how many."""
+    """Something that is timed.
+
+    Attributes:
+        start: begins a series, or a sample of one, and yields after each piece the number of slices that it answered.
+        is_stream: a piece is no whole.
+        seconds: per slice, of each sample or each streamed series.
+    """
 
     name: str
     part: str
     precision: str
-    run: Callable[[], int]
+    start: Callable[[], Iterator[int]]
+    is_stream: bool = False
+    seconds: list[float] = field(default_factory=list)
 
 
 def noise(num_slices: int, size: int) -> Int16[np.ndarray, "n h w"]:
@@ -68,38 +85,41 @@ def build(size: int, proposals: int, norm: NormKind) -> LesionDetector:
     return LesionDetector(ModelConfig(norm=norm, head=head), ClipConfig(image_size=size)).eval()
 
 
-def whole(model: LesionDetector, mode: SeriesMode, dtype: torch.dtype | None, hu: np.ndarray) -> Callable[[], int]:
+def whole(model: LesionDetector, mode: SeriesMode, dtype: torch.dtype | None, hu: np.ndarray) -> Iterator[int]:
     """Everything from the slices in HU to boxes."""
     clip = model.transform.config
     hu = hu[: SAMPLE.get(mode)]
-    predictor = Predictor(model, clip, 0.5, CPU, dtype, mode)
     grid = series_grid(len(hu), 2.5, clip)
-    return lambda: sum(len(predictions) for predictions in predictor.answers(hu, grid))
+    for predictions in Predictor(model, clip, 0.5, CPU, dtype, mode).answers(hu, grid):
+        yield len(predictions)
 
 
-def backbone(model: LesionDetector, mode: SeriesMode, dtype: torch.dtype | None, hu: np.ndarray) -> Callable[[], int]:
+def backbone(model: LesionDetector, mode: SeriesMode, dtype: torch.dtype | None, hu: np.ndarray) -> Iterator[int]:
     """From normalised slices to the maps of the group transforms."""
-    neck = copy.copy(model.backbone)
+    neck: Any = copy.copy(model.backbone)
     neck._modules = {**neck._modules, "fpn": nn.Identity()}
     keys = SAMPLE.get(mode, len(hu))
-    clip = Clip(torch.from_numpy(np.resize(hu, (keys + 8, *hu.shape[1:]))), ())
-    x = model.transform([clip])[0].tensors
-
-    def run() -> int:
+    x = torch.from_numpy(np.resize(hu, (keys + 8, *hu.shape[1:])))
+    batches = (model.transform([Clip(part, ())])[0].tensors for part in x.split(AT_ONCE["stream"]))
+    answers: Iterator[int]
+    match mode:
+        case "stream":
+            answers = (len(maps["0"]) for maps in stream_pyramids(neck, batches, DETECTED_AT_ONCE))
+        case "slab":
+            answers = (len(neck(x, [range(4, 4 + keys)])["0"]) for x in [torch.cat(list(batches), 2)])
+        case "window":
+            stack = torch.cat(list(batches), 2)
+            windows = torch.cat([stack[:, :, key : key + 9] for key in range(keys)])
+            answers = (len(neck(x, [(4,)] * keys)["0"]) for x in [windows])
+    while True:
         with torch.inference_mode(), autocast(CPU, dtype):
-            if mode == "window":
-                neck(torch.cat([x[:, :, key : key + 9] for key in range(keys)]), [(4,)] * keys)
-            elif mode == "slab":
-                neck(x, [range(4, 4 + keys)])
-            else:
-                for _ in stream_pyramids(neck, x.split(AT_ONCE["stream"], dim=2), DETECTED_AT_ONCE):
-                    pass
-        return keys
-
-    return run
+            done = next(answers, None)
+        if done is None:
+            return
+        yield done
 
 
-def flat(size: int, proposals: int, dtype: torch.dtype | None) -> Callable[[], int]:
+def flat(size: int, proposals: int, dtype: torch.dtype | None) -> Callable[[], Iterator[int]]:
     """torchvision's Faster R-CNN with ResNet-50, its colours three neighbouring slices."""
     torch.manual_seed(0)
     model = fasterrcnn_resnet50_fpn(
@@ -113,9 +133,10 @@ def flat(size: int, proposals: int, dtype: torch.dtype | None) -> Callable[[], i
     ).eval()
     pictures = list(torch.rand(PICTURES, 3, size, size))
 
-    def run() -> int:
+    def run() -> Iterator[int]:
         with torch.inference_mode(), autocast(CPU, dtype):
-            return len(model(pictures))
+            done = len(model(pictures))
+        yield done
 
     return run
 
@@ -128,41 +149,50 @@ def rows_of(size: int, num_slices: int, proposals: int) -> list[Row]:
         del precisions["bf16"]
     rows = []
     for part, make in (("backbone", backbone), ("detector", whole)):
-        rows.append(Row("window, published norm (gn3d)", part, "fp32", make(published, "window", None, hu)))
+        rows.append(Row(PUBLISHED, part, "fp32", partial(make, published, "window", None, hu)))
         for precision, dtype in precisions.items():
             for mode in MODES:
-                rows.append(Row(mode, part, precision, make(default, mode, dtype, hu)))
+                rows.append(Row(mode, part, precision, partial(make, default, mode, dtype, hu), mode == "stream"))
     for precision, dtype in precisions.items():
-        rows.append(Row("torchvision 2D, 3 slices", "detector", precision, flat(size, proposals, dtype)))
+        rows.append(Row(FLAT, "detector", precision, flat(size, proposals, dtype)))
     return rows
 
 
-def time_rows(rows: list[Row], rounds: int) -> list[float]:
-    """Median CPU seconds per grid slice, after one round to warm up."""
-    seconds: list[list[float]] = [[] for _ in rows]
-    for done in range(rounds + 1):
-        for row, times in zip(rows, seconds, strict=True):
-            gc.collect()
-            start = time.process_time()
-            count = row.run()
-            times.append((time.process_time() - start) / count)
-        print(f"round {done}/{rounds}", file=sys.stderr, flush=True)
-    return [statistics.median(times[1:]) for times in seconds]
+def time_rows(rows: list[Row], num_series: int, rounds: int, num_slices: int) -> None:
+    """Fill the rows' seconds, after a piece of each to warm up."""
+    for row in rows:
+        next(row.start())
+    for series in range(num_series):
+        going = {row.name + row.part + row.precision: row.start() for row in rows if row.is_stream}
+        spent = dict.fromkeys(going, 0.0)
+        for done in range(1, rounds + 1):
+            for row in rows:
+                gc.collect()
+                start = time.process_time()
+                name = row.name + row.part + row.precision
+                if row.is_stream:
+                    share = None if done == rounds else -(-num_slices // rounds // DETECTED_AT_ONCE)
+                    sum(islice(going[name], share))
+                    spent[name] += time.process_time() - start
+                    if done == rounds:
+                        row.seconds.append(spent[name] / num_slices)
+                else:
+                    count = sum(row.start())
+                    row.seconds.append((time.process_time() - start) / count)
+            print(f"series {series + 1}/{num_series}, round {done}/{rounds}", file=sys.stderr, flush=True)
 
 
-def print_table(rows: list[Row], medians: list[float]) -> None:
-    of = {(row.part, row.name, row.precision): median for row, median in zip(rows, medians, strict=True)}
+def print_table(rows: list[Row]) -> None:
+    medians = {(row.part, row.name, row.precision): statistics.median(row.seconds) for row in rows}
     print("| what | part | precision | CPU s per slice | window of the same precision over it | published over it |")
     print("| --- | --- | --- | --- | --- | --- |")
-    for row, median in zip(rows, medians, strict=True):
-        window = of["detector" if "2D" in row.name else row.part, "window", row.precision]
-        published = next(value for (part, name, _), value in of.items() if part == row.part and "published" in name)
-        print(
-            f"| {row.name} | {row.part} | {row.precision} | {median:.4f} | {window / median:.2f} | "
-            f"{published / median:.2f} |"
-        )
+    for (part, name, precision), median in medians.items():
+        window = medians.get((part, "window", precision), math.nan)
+        published = medians.get((part, PUBLISHED, "fp32"), math.nan)
+        print(f"| {name} | {part} | {precision} | {median:.3f} | {window / median:.2f} | {published / median:.2f} |")
     for precision in sorted({row.precision for row in rows}):
-        ratio = of["detector", "stream", precision] / of["detector", "torchvision 2D, 3 slices", precision]
+        flat_median = medians.get(("detector", FLAT, precision), math.nan)
+        ratio = medians.get(("detector", "stream", precision), math.nan) / flat_median
         print(f"\nnine slices streamed over torchvision's three, {precision}: {ratio:.2f}")
 
 
@@ -171,7 +201,7 @@ def peak(size: int, mode: SeriesMode, num_slices: int, proposals: int, precision
     hu = noise(num_slices, size)
     model = build(size, proposals, "slice_gn")
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    whole(model, mode, torch.bfloat16 if precision == "bf16" else None, hu)()
+    sum(whole(model, mode, torch.bfloat16 if precision == "bf16" else None, hu))
     print(before, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 
 
@@ -180,7 +210,7 @@ def print_peaks(size: int, proposals: int, precision: str) -> None:
         f"\n| mode, {precision} | slices | peak of the process, MB | of it before the first slice (weights, volume) |"
     )
     print("| --- | --- | --- | --- |")
-    series: list[tuple[SeriesMode, int]] = [("window", 64), ("slab", 64), ("stream", 64), ("stream", 256)]
+    series: list[tuple[SeriesMode, int]] = [("stream", 64), ("stream", 256), ("slab", 64), ("window", 64)]
     for mode, num_slices in series:
         options = [str(size), mode, str(num_slices), str(proposals), precision]
         done = subprocess.run(
@@ -190,19 +220,16 @@ def print_peaks(size: int, proposals: int, precision: str) -> None:
         print(f"| {mode} | {num_slices} | {after / MB:.0f} | {before / MB:.0f} |", flush=True)
 
 
-def cpu_model() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", type=int, default=512, help="rows and columns")
     parser.add_argument("--slices", type=int, default=64, help="slices of the streamed series")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--proposals", type=int, default=1000, help="per key slice, for ours and torchvision's")
+    parser.add_argument("--series", type=int, default=1, help="how many are streamed")
+    parser.add_argument("--rounds", type=int, default=5, help="turns that a streamed series is cut into")
+    parser.add_argument("--proposals", type=int, default=300, help="per key slice, for ours and torchvision's")
+    parser.add_argument(
+        "--rows", default="", help="only rows whose name, part and precision match, e.g. '^(window|stream)'"
+    )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--peak", action="store_true", help="also peak memory of 64 and 256 slices")
     parser.add_argument("--one-peak", nargs=5, help=argparse.SUPPRESS)
@@ -214,9 +241,11 @@ def main() -> None:
 
     precision = "fp32" if resolve_precision("auto", CPU) is None else "bf16"
     print(f"{args.threads} thread(s) of {cpu_model()}, torch {torch.__version__}, load {os.getloadavg()[0]:.1f}")
-    print(f"{args.slices} slices of {args.size} x {args.size}, {args.proposals} proposals, {args.rounds} rounds\n")
+    print(f"{args.series} series of {args.slices} slices of {args.size} x {args.size}, {args.proposals} proposals\n")
     rows = rows_of(args.size, args.slices, args.proposals)
-    print_table(rows, time_rows(rows, args.rounds))
+    rows = [row for row in rows if re.search(args.rows, f"{row.name}, {row.part}, {row.precision}")]
+    time_rows(rows, args.series, args.rounds, args.slices)
+    print_table(rows)
     if args.peak:
         print_peaks(args.size, args.proposals, precision)
     return None

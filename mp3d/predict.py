@@ -28,7 +28,7 @@ from torchvision.ops import batched_nms
 
 from mp3d.checkpoint import Checkpoint, open_checkpoint
 from mp3d.config import ClipConfig, DetectionHead
-from mp3d.data.clips import SeriesGrid, resample_z, series_grid
+from mp3d.data.clips import SeriesGrid, phased_grids, resample_z
 from mp3d.data.series import Volume
 from mp3d.device import DeviceName, autocast, pick_device, ready_for_inference
 from mp3d.errors import CheckpointError
@@ -85,6 +85,8 @@ class Predictor:
         nms_iou: overlap above which only the best of several boxes of one class on one slice is kept.
         autocast_dtype: None computes in float32.
         mode: how a series is read.
+        phases: times that a series is read, on grids shifted against one another: slices thinner than the grid are
+            passed over unless several grids take their turns.
     """
 
     model: Model
@@ -93,6 +95,7 @@ class Predictor:
     device: torch.device
     autocast_dtype: torch.dtype | None = None
     mode: SeriesMode = "window"
+    phases: int = 1
 
     @classmethod
     def open(
@@ -101,6 +104,7 @@ class Predictor:
         device: DeviceName = "auto",
         mode: SeriesMode | Literal["auto"] = "auto",
         compiled: bool = False,
+        phases: int = 1,
     ) -> Self:
         """Load a checkpoint, or the best one of a run.
 
@@ -132,7 +136,7 @@ class Predictor:
             ) from error
         clip, trained_in = checkpoint.config.clip, checkpoint.config.loop.precision
         dtype = ready_for_inference(model, clip, trained_in, place, compiled=compiled)
-        return cls(model, clip, head.box_nms_iou, place, dtype, mode)
+        return cls(model, clip, head.box_nms_iou, place, dtype, mode, phases)
 
     def find_lesions(
         self,
@@ -148,15 +152,16 @@ class Predictor:
             progress: called again and again with the number of grid positions done and of all; an exception that it
                 raises ends the search.
         """
-        grid = series_grid(len(volume.hu), volume.spacing_mm[0], self.clip)
-        answers_for = torch.from_numpy(grid.nearest_source)
+        grids = phased_grids(len(volume.hu), volume.spacing_mm[0], self.clip, self.phases)
+        total = sum(len(grid.positions) for grid in grids)
         kept, done = [], 0
-        for predictions in self.answers(volume.hu, grid, at_once):
-            slices = answers_for[done : done + len(predictions)]
-            kept += [_above(*answer, score_threshold) for answer in zip(predictions, slices, strict=True)]
-            done += len(predictions)
-            if progress is not None:
-                progress(done, len(grid.positions))
+        for grid in grids:
+            answers_for = iter(torch.from_numpy(grid.nearest_source))
+            for predictions in self.answers(volume.hu, grid, at_once):
+                kept += [_above(each, next(answers_for), score_threshold) for each in predictions]
+                done += len(predictions)
+                if progress is not None:
+                    progress(done, total)
         boxes, scores, labels, slices = (torch.cat(part) for part in zip(*kept, strict=True))
         # float64, because the groups are moved far apart, where float32 would lose hundredths of a pixel
         order = batched_nms(boxes.double(), scores.double(), labels * len(volume.hu) + slices, self.nms_iou)

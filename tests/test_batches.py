@@ -1,5 +1,7 @@
 """Reading clips from shards, and the training stream as a pure function of the seed."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -12,7 +14,7 @@ from mp3d.data.batches import (
     read_clip,
     training_loader,
 )
-from mp3d.data.samples import annotated_samples, classified_samples
+from mp3d.data.samples import Sample, annotated_samples, classified_samples
 from mp3d.data.shard import ShardSet, open_shards
 from mp3d.errors import DataError
 from tests.tiny import BRIGHT_HU, blob_series, ct_shards, picture_shards
@@ -152,12 +154,24 @@ def test_a_slab_carries_the_truth_of_every_annotated_slice_in_its_middle(ct: Sha
     assert clip.key_slices == (4,), "row 5 would be slice 3 of the slab, where it has too few neighbours"
 
 
-def test_a_slice_without_boxes_is_a_key_slice_only_where_it_was_drawn(ct: ShardSet):
+def test_slices_without_boxes_are_key_slices_only_of_slabs_drawn_for_one(ct: ShardSet):
+    """Row 3 stands at 8; rows 0 to 7, all searched, may be key slices."""
     _, spare = annotated_samples(ct, "train", negatives=1.0)
     clip, targets, info = read_clip(ct, spare[3], SLAB, 8)
     assert info.z_index == 3
-    assert clip.key_slices == (8, 9, 10, 11)
-    assert [len(target["boxes"]) for target in targets] == [0, 1, 1, 1]
+    assert clip.key_slices == (5, 6, 7, 8, 9, 10, 11, 12)
+    assert [len(target["boxes"]) for target in targets] == [0, 0, 0, 0, 1, 1, 1, 0]
+
+
+def test_a_slab_takes_the_truth_of_a_slice_that_it_shows_mostly(ct: ShardSet):
+    """At 2.5 mm in slices of 3.27 mm, row 5 at place 8, the two next to it lie 0.24 slices from rows 4 and 6."""
+    samples, _ = annotated_samples(ct, "train")
+    assert samples[1].row == 5
+    thick = replace(samples[1].entry, spacing_mm=(3.27, 1, 1))
+    clip, targets, _ = read_clip(ct, Sample(thick, 5), SLAB, 8)
+    assert clip.key_slices == (7, 8, 9)
+    for row, target in zip((4, 5, 6), targets, strict=True):
+        assert torch.equal(target["boxes"], read_clip(ct, Sample(samples[1].entry, row), CLIP)[1][0]["boxes"])
 
 
 def test_evaluation_reads_a_slab_with_one_key_slice_in_the_middle(ct: ShardSet):

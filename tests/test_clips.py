@@ -168,3 +168,8 @@ def test_stored_slices_of_a_clip():
     assert stored_slices(np.array([0.0, 0, 0, 1, 2, 2])) == {0: 0, 3: 1, 4: 2}
     assert stored_slices(np.array([0.0, 0, 0, 1, 2, 2]), near=3) == {2: 0, 3: 1, 4: 2}
     assert stored_slices(np.array([3.004, 4.02])) == {0: 3}
+
+
+def test_of_clip_slices_near_a_stored_one_the_nearest_stands_for_it():
+    positions = np.array([2.8, 3.1, 4.24, 5.26, 7.0])
+    assert stored_slices(positions, tolerance=0.25) == {1: 3, 2: 4, 4: 7}

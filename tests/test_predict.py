@@ -1,5 +1,6 @@
 """The way back: from a clip's pixels to a slice of the series and to patient millimetres."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -77,6 +78,27 @@ def test_position_survives_every_grid(slice_spacing_mm: float):
         assert np.linalg.norm(np.array(best.centre_lps_mm) - truth) <= 2.5 / 2 + slice_spacing_mm / 2 + 1e-6
         assert best.centre_lps_mm == pytest.approx(edge_to_lps_mm(volume, 14.5, 7.5, best.slice_index))
         assert [each.score for each in findings] == sorted((each.score for each in findings), reverse=True)
+
+
+@pytest.mark.parametrize(("spacing_mm", "phases"), [(1.0, 3), (0.7, 4), (1.25, 2), (2.5, 1), (5.0, 1)])
+def test_with_enough_phases_every_slice_is_answered_for(spacing_mm: float, phases: int):
+    """The slice on which a lesion is brightest, each in turn, has the best finding."""
+    for index in range(9):
+        volume = air(9, (spacing_mm, 1.0, 1.0))
+        volume.hu[:, 4:8, 4:8] = 100
+        volume.hu[index, 4:8, 4:8] = 600
+        found = replace(predictor(), phases=phases).find_lesions(volume, 0.0)
+        assert {each.slice_index for each in found} == set(range(9))
+        assert found[0].slice_index == index
+
+
+def test_a_series_shorter_than_a_step_is_read_on_as_many_grids_as_reach_it():
+    progress = []
+    found = replace(predictor(), phases=5).find_lesions(
+        air(2, (1.0, 1, 1)), 0.0, progress=lambda *counts: progress.append(counts)
+    )
+    assert progress[-1] == (3, 3), "at 0, 0.5 and 1 mm"
+    assert found == []
 
 
 @pytest.mark.parametrize(("mode", "num_clips"), [("window", 15), ("slab", 2)])

@@ -235,6 +235,10 @@ class ServeConfig(Config):
     """
     compile: bool = False
     """Have torch.compile make kernels first, in minutes; see ``LoopConfig``. In mode stream the backbone has none."""
+    phases: PositiveInt = 1
+    """Times that a series is read, each time on a grid shifted by an equal part of its 2.5 mm. 1 answers for every 2.5
+    mm; 3 for every slice of 1 mm.
+    """
     score_threshold: Fraction = 0.3
     """Findings below it are not reported."""
     max_findings: PositiveInt = 200

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from mp3d.config import AugmentConfig, ClipConfig
 from mp3d.data.augment import augment, middle_square
 from mp3d.data.blocks import Placement, draw_placement, read_block, turned
-from mp3d.data.clips import resample_z, stored_slices, window_positions
+from mp3d.data.clips import MOSTLY_SLICE, resample_z, stored_slices, window_positions
 from mp3d.data.samples import Sample
 from mp3d.data.shard import Row, SeriesEntry, ShardSet, decode_image, decode_truth
 from mp3d.errors import DataError
@@ -65,7 +65,7 @@ class ClipDataset(Dataset):
 
     Args:
         augmentation: for training. There the key slice has a random place among those of the clip that may be one, and
-            others of them that have boxes are key slices too. None: each clip has one, in the middle.
+            others of them are key slices too (:func:`read_clip`). None: each clip has one, in the middle.
         every_slice: of a block every slice is a key slice, with its mask.
     """
 
@@ -122,8 +122,9 @@ def read_clip(
     """One clip, interpolated to the spacing of the clip, with the truth of its key slices.
 
     Args:
-        place: of the sample in the clip; every slice with boxes that may be a key slice then is one. None: the sample
-            is in the middle and the only one.
+        place: of the sample in the clip. Every slice that may be a key slice then is one if it has boxes; and, where
+            the sample has none, if it was searched: else a clip drawn for its lesions would weigh nine times one drawn
+            for having none. None: the sample is in the middle and the only one.
     """
     entry = sample.entry
     if entry.spacing_mm is None:
@@ -142,14 +143,18 @@ def read_clip(
 
 
 def _key_rows(entry: SeriesEntry, positions: Float[np.ndarray, "d"], clip: ClipConfig, place: int) -> dict[int, int]:
-    """Index in the clip to row, for ``place`` and for all that have boxes and enough neighbours."""
+    """Index in the clip to row, for ``place`` and for all that may be key slices beside it."""
     radius = clip.num_slices // 2
-    with_boxes = set(entry.rows_with_boxes())
-    return {
-        index: row
-        for index, row in stored_slices(positions, place).items()
-        if index == place or (row in with_boxes and radius <= index < clip.depth - radius)
+    allowed = set(entry.rows_with_boxes())
+    row = round(float(positions[place]))
+    if row not in allowed:
+        allowed.update(entry.rows_without_boxes())
+    beside = {
+        index: other
+        for index, other in stored_slices(positions, place, MOSTLY_SLICE).items()
+        if other in allowed and other != row and radius <= index < clip.depth - radius
     }
+    return {place: row} | beside
 
 
 def training_loader(

@@ -8,7 +8,7 @@ to 1.5 mm at 3 and 4 mm spacing; here every neighbour has its own, unless ``Clip
 A whole series is always read exactly.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from jaxtyping import Float, Int16
@@ -18,7 +18,11 @@ from mp3d.config import ClipConfig
 BLOCK_ROWS = 64
 """Rows that are interpolated at a time: the three buffers, of 64 x 512 float32, stay in a core's cache."""
 SAME_SLICE = 0.01
-"""A clip's slice this near to a stored one, in slice numbers, is that slice: its truth holds."""
+"""A clip's slice this near to a stored one, in slice numbers, is that slice."""
+MOSTLY_SLICE = 0.25
+"""A clip's slice this near to a stored one is three quarters of it, so that its truth serves for training: at a spacing
+that 2.5 mm is no multiple of, such as 3.27 mm, hardly any slice of a slab is a stored one beside the key slice.
+"""
 
 
 def window_positions(
@@ -39,18 +43,19 @@ def window_positions(
     return np.clip(key + offsets, 0, num_source - 1)
 
 
-def stored_slices(positions: Float[np.ndarray, "d"], near: int = 0) -> dict[int, int]:
+def stored_slices(positions: Float[np.ndarray, "d"], near: int = 0, tolerance: float = SAME_SLICE) -> dict[int, int]:
     """Which slices of a clip are stored ones and not interpolated: index in the clip to slice number.
 
     Args:
         positions: of the clip's slices, clamped at the ends of the series.
         near: index; of the copies of an outermost slice only the one nearest to it counts.
+        tolerance: in slice numbers; of several slices within it the nearest counts.
     """
-    nearest = {}
-    for index in sorted(range(len(positions)), key=lambda index: -abs(index - near)):
-        number = round(float(positions[index]))
-        if abs(positions[index] - number) <= SAME_SLICE:
-            nearest[number] = index
+    nearest: dict[int, int] = {}
+    distances = np.abs(positions - np.rint(positions))
+    for index in sorted(range(len(positions)), key=lambda index: (-round(distances[index], 6), -abs(index - near))):
+        if distances[index] <= tolerance:
+            nearest[round(float(positions[index]))] = index
     return {index: number for number, index in nearest.items()}
 
 
@@ -113,17 +118,32 @@ class SeriesGrid:
         return np.minimum(np.floor(self.positions + 0.5).astype(int), self.num_source - 1)
 
 
-def series_grid(num_source: int, source_spacing_mm: float, clip: ClipConfig, through: int = 0) -> SeriesGrid:
+def series_grid(num_source: int, source_spacing_mm: float, clip: ClipConfig, through: float = 0) -> SeriesGrid:
     """Grid of the clip's spacing over a whole series.
 
     Args:
-        through: a source slice that is on the grid; the first one, unless it must be another.
+        through: a (fractional) slice number that is on the grid; the first one, unless it must be another.
     """
     step = _step(source_spacing_mm, clip)
     # a hair of tolerance, so that the first and last slice are not lost to rounding where the spacings divide evenly
     before, behind = (int(np.floor(slices / step + 1e-6)) for slices in (through, num_source - 1 - through))
     positions = through + np.arange(-before, behind + 1) * step
     return SeriesGrid(num_source, step, np.clip(positions, 0, num_source - 1))
+
+
+def phased_grids(num_source: int, source_spacing_mm: float, clip: ClipConfig, phases: int) -> list[SeriesGrid]:
+    """Grids over a whole series, each shifted by an equal part of the clip's spacing from the one before.
+
+    With as many phases as source slices lie in a grid step, every source slice is the nearest to some grid slice: where
+    all grids end before the last one, the grid that would come next to it has it too.
+    """
+    step, last = _step(source_spacing_mm, clip), num_source - 1
+    grids = [series_grid(num_source, source_spacing_mm, clip, phase / phases * step) for phase in range(phases)]
+    grids = [grid for grid in grids if len(grid.positions)]
+    if phases > 1 and all(grid.nearest_source[-1] < last for grid in grids):
+        number = min(range(len(grids)), key=lambda number: grids[number].positions[-1])
+        grids[number] = replace(grids[number], positions=np.append(grids[number].positions, last))
+    return grids
 
 
 def _authors_distances(distances: Float[np.ndarray, "d"], step: float) -> Float[np.ndarray, "d"]:

@@ -11,6 +11,7 @@ from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 from mp3d.config import ModelConfig
+from mp3d.models.folded import conv_pixels
 from mp3d.models.group_transform import CentreSlice, DenseTransform, GroupTransform, KeySlices, check_key_slices
 from mp3d.models.mp3d import build_mp3d
 from mp3d.models.p3d import build_p3d
@@ -107,8 +108,17 @@ class WindowFPN(nn.Module):
         return [features[:, :, features.shape[2] // 2] for features in self.backbone(torch.stack(windows))]
 
 
+class PixelwiseFPN(FeaturePyramidNetwork):
+    """torchvision's, with its 1 x 1 convolutions on the faster path."""
+
+    def get_result_from_inner_blocks(self, x: Tensor, idx: int) -> Tensor:
+        blocks: Any = self.inner_blocks
+        conv = blocks[idx][0]
+        return conv_pixels(x, conv.weight, conv.bias)
+
+
 def build_fpn(backbone: FoldedResNet, channels: int) -> FeaturePyramidNetwork:
-    return FeaturePyramidNetwork(backbone.out_channels, channels, extra_blocks=LastLevelMaxPool())
+    return PixelwiseFPN(backbone.out_channels, channels, extra_blocks=LastLevelMaxPool())
 
 
 def build_neck(config: ModelConfig, taps: int, fpn_channels: int) -> KeySliceFPN | WindowFPN:

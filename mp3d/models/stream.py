@@ -67,10 +67,9 @@ class SeriesStream:
 
     def with_neighbours(self, x: Float[Tensor, "d c h w"], reach: int) -> tuple[Float[Tensor, "_ c h w"], int, int]:
         """The chunk behind what the last one left; as no clip at all while that is too little for one output."""
-        padding = x.new_zeros(reach, *x.shape[1:])
+        padding = x.new_zeros(reach, *x.shape[2:], x.shape[1]).permute(0, 3, 1, 2)
         held = padding if self._is_first else self._held[self._place]
-        x = torch.cat([held, x, padding] if self._is_last else [held, x])
-        x = x.contiguous(memory_format=torch.channels_last)
+        x = _joined([held, x, padding] if self._is_last else [held, x])
         self._keep(x[-2 * reach :].clone())
         if len(x) <= 2 * reach:
             return x[:0], 2 * reach + 1, 0
@@ -83,13 +82,21 @@ class SeriesStream:
         new = len(behind) - old
         behind[:old] += held[:old]
         behind[old:] += ahead[:new]
-        self._keep(torch.cat([held[old:], ahead[new:]]))
+        self._keep(_joined([held[old:], ahead[new:]]).clone())
         return behind
 
     def _keep(self, x: Tensor) -> None:
         """For the next pass at this place."""
         self._held[self._place : self._place + 1] = [x]
         self._place += 1
+
+
+def _joined(parts: list[Float[Tensor, "_ c h w"]]) -> Float[Tensor, "_ c h w"]:
+    """One after the other. The empty ones are left out: beside them PyTorch gives up channels-last memory, and every
+    kernel behind it is slower.
+    """
+    filled = [part for part in parts if len(part)] or parts[:1]
+    return torch.cat(filled) if len(filled) > 1 else filled[0]
 
 
 def stream_backbone(

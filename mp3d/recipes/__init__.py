@@ -265,7 +265,8 @@ def deeplesion_mp3d63_paper() -> TrainConfig:
 
 
 def deeplesion_mp3d63() -> TrainConfig:
-    """MP3D-63 on DeepLesion: slabs, group norm per slice, fitted anchors of two sizes a level, exact z interpolation.
+    """MP3D-63 on DeepLesion: slabs, group norm per slice, fitted anchors of two sizes a level, exact z interpolation;
+    300 proposals a slice in evaluation (published: 1000).
 
     A step costs about twice the paper's.
 
@@ -277,6 +278,7 @@ def deeplesion_mp3d63() -> TrainConfig:
             "model.norm": "slice_gn",
             "model.head.anchors": "fit",
             "model.head.anchor_sizes_px": HALF_OCTAVE_SIZES_PX,
+            "model.head.rpn_post_nms": (1000, 300),
             "clip.interpolation": "exact",
             "clip.num_key_slices": 9,
         }

@@ -67,7 +67,7 @@ class Detector:
                 f"{checkpoint.path} is no longer what it was when the application was built; deploy again"
             )
         device = "gpu" if settings.gpus_per_replica else "cpu"
-        predictor = Predictor.open(checkpoint, device, settings.mode, settings.compile)
+        predictor = Predictor.open(checkpoint, device, settings.mode, settings.compile, settings.phases)
         self.engine = Engine(predictor, expected, settings)
         self.thread = ThreadPoolExecutor(1, thread_name_prefix="detector")
 

@@ -71,6 +71,7 @@ class Engine:
                 mode=self.predictor.mode,
                 num_slices=self.predictor.clip.num_slices,
                 slice_spacing_mm=self.predictor.clip.slice_spacing_mm,
+                phases=self.predictor.phases,
                 nms_iou=self.predictor.nms_iou,
             ),
             model=self.model,

@@ -88,6 +88,8 @@ class ProtocolOut(Out):
     """That a position is judged by."""
     slice_spacing_mm: float | None
     """Of the z grid; null: the series' own."""
+    phases: int = 1
+    """Grids that the series was read on, shifted against one another."""
     nms_iou: float
     """Overlap above which only the best of several boxes on one slice is kept."""
 
