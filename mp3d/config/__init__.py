@@ -107,8 +107,12 @@ class OptimConfig(Config):
     weight_decay: NonNegativeFloat = 1e-4
     schedule: Literal["step", "cosine", "poly", "constant"] = "step"
     """poly: from ``lr`` to ``min_lr`` as the remaining share of the steps to the power 0.9."""
+    lr_batch: PositiveInt | None = None
+    """Clips a step that ``lr`` and ``min_lr`` are meant for: with another global batch, as with another number of
+    workers, they are scaled in proportion for sgd, by the square root for adam and adamw. None: taken as they stand.
+    """
     min_lr: NonNegativeFloat = 0.0
-    """Where ``poly`` ends."""
+    """Where ``poly`` and ``cosine`` end."""
     milestones: tuple[PositiveInt, ...] = (16, 22)
     """Epochs after which ``step`` multiplies the learning rate by ``gamma``."""
     gamma: PositiveFloat = 0.1
@@ -126,14 +130,32 @@ class LoopConfig(Config):
     steps_per_epoch: PositiveInt | None = None
     """None: every training clip once."""
     num_workers: PositiveInt = 1
-    """Training processes; the global batch is ``batch_size * num_workers``."""
+    """Training processes; the global batch is ``batch_size * accumulate * num_workers``."""
+    accumulate: PositiveInt = 1
+    """Batches per worker whose gradients make one step."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """auto: bf16 where the device computes in it, else fp32."""
     negatives: NonNegativeFloat = 0.0
     """Slices without a lesion drawn per slice with one, from series that were searched completely."""
     max_validation_clips: PositiveInt | None = None
     """Evenly spread over the validation split; None: all."""
+    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Of a moving average of weights and buffers, which is judged and saved in their place; None: no average."""
+    patience: PositiveInt | None = None
+    """Epochs without a better score after which the run stops; None: it never does."""
+    allowed_skips: NonNegativeInt = 0
+    """Steps of the whole run that may be left out because a loss or gradient is not finite. The next one stops the run;
+    the folder ``nonfinite`` names the slices of each.
+    """
+    sync_batch_norm: bool = False
+    """Statistics of ``bn`` over the batches of all workers (the authors' segmentation recipes); else each has its own.
+    """
     seed: NonNegativeInt = 0
+
+    @property
+    def step_clips(self) -> int:
+        """Clips of one step of one worker."""
+        return self.batch_size * self.accumulate
 
 
 class LaunchConfig(Config):

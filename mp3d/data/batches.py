@@ -5,10 +5,10 @@ shuffled passes over the split, cut into global batches and dealt to the ranks. 
 steps whatever the shards look like, and a resumed run goes on with the very next sample without any stored state.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import chain
+from itertools import chain, islice
 
 import numpy as np
 import torch
@@ -153,14 +153,30 @@ def _key_rows(entry: SeriesEntry, positions: Float[np.ndarray, "d"], clip: ClipC
 
 
 def training_loader(
-    dataset: ClipDataset, stream: "Stream", *, batch_size: int, steps: range, rank: int, world_size: int, workers: int
+    dataset: ClipDataset,
+    stream: "Stream",
+    *,
+    batch_size: int,
+    accumulate: int = 1,
+    steps: range,
+    rank: int,
+    world_size: int,
+    workers: int,
 ) -> DataLoader:
-    """Batches of one rank for a range of global steps."""
-    places = [
-        [stream.place(step * batch_size * world_size + rank * batch_size + i) for i in range(batch_size)]
-        for step in steps
-    ]
+    """Batches of one rank for a range of global steps, ``accumulate`` for each.
+
+    The clips of a global step are the same however they are dealt to batches and ranks.
+    """
+    parts = range(steps.start * accumulate, steps.stop * accumulate)
+    places = [[stream.place((part * world_size + rank) * batch_size + i) for i in range(batch_size)] for part in parts]
     return DataLoader(dataset, batch_sampler=places, collate_fn=collate, num_workers=workers, persistent_workers=False)
+
+
+def batched(batches: Iterable[Batch], number: int) -> Iterator[list[Batch]]:
+    """``number`` at a time."""
+    remaining = iter(batches)
+    while some := list(islice(remaining, number)):
+        yield some
 
 
 def evaluation_batches(
