@@ -10,7 +10,7 @@ the end of an epoch goes on exactly as one that was not.
 import json
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import asdict
 from datetime import timedelta
 from functools import partial
@@ -25,9 +25,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mp3d.checkpoint import Checkpoint, open_checkpoint, pack_optimizer, save_checkpoint, unpack_optimizer
 from mp3d.config import TrainConfig
-from mp3d.data.batches import Batch, ClipDataset, Stream, batched, evaluation_batches, training_loader
+from mp3d.data.batches import Batch, ClipDataset, batched, evaluation_batches, training_loader
 from mp3d.data.samples import Sample, annotated_samples, classified_samples, masked_samples, tile_samples
 from mp3d.data.shard import ShardSet, cached, open_shards
+from mp3d.data.stream import Stream
+from mp3d.data.survey import read_image_labels
 from mp3d.device import resolve_precision
 from mp3d.early_stop import BestSoFar
 from mp3d.ema import build_average
@@ -66,7 +68,9 @@ def train(config: TrainConfig, session: Session) -> dict[str, float]:
         )
     shards = cached(open_shards(config.shards), config.launch.cache_dir, config.launch.cache_gb)
     positives, spare = training_samples(config, shards)
-    stream = Stream(positives, spare, negatives=config.loop.negatives, seed=config.loop.seed)
+    stream = Stream(
+        positives, spare, negatives=config.loop.negatives, seed=config.loop.seed, kind=balanced_by(config, shards)
+    )
     masks = config.model.head.kind == "segmentation"
     dataset = ClipDataset(shards, stream.samples, config.clip, config.augment, config.loop.seed, every_slice=masks)
     validation = ClipDataset(shards, validation_samples(config, shards), config.clip, every_slice=masks)
@@ -138,6 +142,18 @@ def training_samples(config: TrainConfig, shards: ShardSet) -> tuple[list[Sample
             return classified_samples(shards, "train"), []
         case "segmentation":
             return masked_samples(shards, "train", config.clip, config.loop.negatives)
+
+
+def balanced_by(config: TrainConfig, shards: ShardSet) -> Callable[[Sample], Hashable] | None:
+    """What training samples are balanced by."""
+    match config.loop.balance:
+        case "none":
+            return None
+        case "patients":
+            return lambda sample: sample.entry.patient
+        case "classes":
+            labels = read_image_labels(shards, "train")
+            return lambda sample: labels[sample.entry.series][sample.row]
 
 
 def validation_samples(config: TrainConfig, shards: ShardSet) -> list[Sample]:

@@ -137,6 +137,10 @@ class LoopConfig(Config):
     """auto: bf16 where the device computes in it, else fp32."""
     negatives: NonNegativeFloat = 0.0
     """Slices without a lesion drawn per slice with one, from series that were searched completely."""
+    balance: Literal["none", "patients", "classes"] = "none"
+    """none: every training sample once a pass; patients: every patient equally often, however many key slices he has,
+    with negatives too; classes: every class of a classifier equally often. A pass is as long in any case.
+    """
     max_validation_clips: PositiveInt | None = None
     """Evenly spread over the validation split; None: all."""
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
@@ -215,15 +219,18 @@ class TrainConfig(Config):
             raise ValueError("a detector reads whole slices; leave clip.block unset")
         if block is not None and augment.image_sizes:
             raise ValueError("a block is not resized; set augment.image_sizes to () and use augment.zoom")
-        if block is None and (augment.shift_px, augment.zoom, augment.quarter_turns) != ((0, 0), (1.0, 1.0), False):
-            raise ValueError("augment.shift_px, zoom and quarter_turns are for blocks; set clip.block")
+        if block is None and (augment.shift_px, augment.quarter_turns) != ((0, 0), False):
+            raise ValueError("augment.shift_px and quarter_turns are for blocks; set clip.block")
         if block is None and kind == "segmentation" and self.clip.slice_spacing_mm is not None:
             raise ValueError("of a CT a segmenter reads blocks; set clip.block to centre or anywhere")
+        if self.loop.balance == "classes" and kind != "classification":
+            raise ValueError(f"loop.balance classes is for a classifier; balance a {kind} head by patients")
         if augment.quarter_turns and self.clip.num_slices != self.clip.image_size:
             raise ValueError("augment.quarter_turns needs equal sides: set clip.num_slices to clip.image_size")
-        cropped = augment.crop_scale is not None or self.clip.square_pictures
-        if cropped and kind == "detection":
-            raise ValueError("boxes do not follow a crop; leave augment.crop_scale and clip.square_pictures unset")
+        if augment.crop_scale is not None and self.clip.slice_spacing_mm is not None:
+            raise ValueError("augment.crop_scale is for colour pictures; of a CT augment.zoom shows a part")
+        if self.clip.square_pictures and kind == "detection":
+            raise ValueError("a detector is judged on whole pictures; leave clip.square_pictures unset")
         if self.clip.square_pictures and augment.crop_scale is None:
             raise ValueError("clip.square_pictures needs augment.crop_scale: which part is cut out in training")
         return self

@@ -1,13 +1,7 @@
-"""Shards to batches of clips, by plain pyarrow.
-
-Which sample stands at which place of a run is a pure function of the seed: training reads an endless stream of
-shuffled passes over the split, cut into global batches and dealt to the ranks. So every rank has the same number of
-steps whatever the shards look like, and a resumed run goes on with the very next sample without any stored state.
-"""
+"""Shards to batches of clips, by plain pyarrow."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import chain, islice
 
 import numpy as np
@@ -16,16 +10,14 @@ from jaxtyping import Float
 from torch.utils.data import DataLoader, Dataset
 
 from mp3d.config import AugmentConfig, ClipConfig
-from mp3d.data.augment import augment, middle_square
-from mp3d.data.blocks import Placement, draw_placement, read_block, turned
+from mp3d.data.augment import augment, augment_block, middle_square
+from mp3d.data.blocks import Placement, draw_placement, read_block
 from mp3d.data.clips import resample_z, stored_slices, window_positions
 from mp3d.data.samples import Sample
 from mp3d.data.shard import Row, SeriesEntry, ShardSet, decode_image, decode_truth
+from mp3d.data.stream import Place, Stream
 from mp3d.errors import DataError
 from mp3d.sample import Clip, Target
-
-PICTURE_GROUPS_MIXED = 8
-"""Row groups of pictures that are shuffled together: random order, and each group is read about once a pass."""
 
 
 @dataclass(frozen=True)
@@ -50,14 +42,6 @@ class Batch:
     clips: list[Clip]
     targets: list[Target]
     infos: list[SliceInfo]
-
-
-@dataclass(frozen=True)
-class Place:
-    """A place in the training stream: which sample, and the number that seeds its augmentation."""
-
-    sample: int
-    position: int
 
 
 class ClipDataset(Dataset):
@@ -99,21 +83,23 @@ class ClipDataset(Dataset):
         key_place = self.clip.num_slices // 2 + int(rng.integers(self.clip.num_key_slices))
         clip, targets, info = read_clip(self.shards, sample, self.clip, key_place)
         square = self.clip.image_size if self.clip.square_pictures else None
-        clip, targets = augment(clip, targets, self.augmentation, rng, square)
+        clip, targets = augment(clip, targets, self.augmentation, rng, window=self.clip.window_hu, square=square)
+        draws = [place.position * self.clip.num_key_slices + number for number in range(len(targets))]
+        targets = [Target(**target, draw=torch.tensor(draw)) for target, draw in zip(targets, draws, strict=True)]
         return clip, targets, [info]
 
     def _block(self, sample: Sample, rng: np.random.Generator | None) -> tuple[Clip, list[Target], list[SliceInfo]]:
         middle = (sample.entry.num_rows - 1) / 2 if self.clip.block == "centre" else sample.row
         placement = Placement() if self.augmentation is None or rng is None else draw_placement(self.augmentation, rng)
         block = read_block(self.shards, sample.entry, sample.centre or (middle, None, None), self.clip, placement)
-        hu, masks = block.hu, block.masks
+        hu, masks = torch.from_numpy(block.hu), torch.from_numpy(block.masks)
         if self.augmentation is not None and rng is not None:
-            hu, masks = turned(hu, masks, self.augmentation, rng)
+            hu, masks = augment_block(block.hu, block.masks, self.augmentation, rng, self.clip.window_hu)
         info = _info(block.middle, sample.entry)
         if self.every_slice:
-            targets = [Target(mask=torch.from_numpy(mask)) for mask in masks]
-            return Clip(torch.from_numpy(hu), tuple(range(len(hu)))), targets, [info] * len(hu)
-        return Clip(torch.from_numpy(hu), (len(hu) // 2,)), [_target(block.middle)], [info]
+            targets = [Target(mask=mask) for mask in masks]
+            return Clip(hu, tuple(range(len(hu)))), targets, [info] * len(hu)
+        return Clip(hu, (len(hu) // 2,)), [_target(block.middle)], [info]
 
 
 def read_clip(
@@ -154,7 +140,7 @@ def _key_rows(entry: SeriesEntry, positions: Float[np.ndarray, "d"], clip: ClipC
 
 def training_loader(
     dataset: ClipDataset,
-    stream: "Stream",
+    stream: Stream,
     *,
     batch_size: int,
     accumulate: int = 1,
@@ -191,46 +177,6 @@ def evaluation_batches(
 def collate(parts: list[tuple[Clip, list[Target], list[SliceInfo]]]) -> Batch:
     clips, targets, infos = zip(*parts, strict=True)
     return Batch(list(clips), list(chain.from_iterable(targets)), list(chain.from_iterable(infos)))
-
-
-class Stream:
-    """An endless stream of shuffled passes over the samples; ``place(i)`` is a pure function of the seed.
-
-    A pass holds every positive once and, drawn anew each time, ``negatives`` times as many of the spare ones.
-    """
-
-    def __init__(self, positives: list[Sample], spare: list[Sample], *, negatives: float, seed: int) -> None:
-        self.samples = positives + spare
-        self.num_positives = len(positives)
-        self.num_spare = min(len(spare), round(negatives * len(positives)))
-        self.seed = seed
-        self._pass = lru_cache(maxsize=2)(self._shuffled_pass)
-
-    def __len__(self) -> int:
-        """Samples in one pass."""
-        return self.num_positives + self.num_spare
-
-    def place(self, position: int) -> Place:
-        number, offset = divmod(position, len(self))
-        return Place(int(self._pass(number)[offset]), position)
-
-    def _shuffled_pass(self, number: int) -> np.ndarray:
-        rng = np.random.default_rng([self.seed, number])
-        spare = rng.permutation(len(self.samples) - self.num_positives)[: self.num_spare] + self.num_positives
-        chosen = np.concatenate([np.arange(self.num_positives), spare])
-        if self.samples[0].entry.spacing_mm is not None:
-            return rng.permutation(chosen)
-        return np.concatenate(list(_locally_shuffled({index: self.samples[index] for index in chosen.tolist()}, rng)))
-
-
-def _locally_shuffled(samples: dict[int, Sample], rng: np.random.Generator) -> Iterator[np.ndarray]:
-    """Pictures: row groups in random order, a few of them mixed at a time, so that none is read over and over."""
-    groups: dict[tuple[str, int], list[int]] = {}
-    for index, sample in samples.items():
-        groups.setdefault((sample.entry.series, sample.row // sample.entry.rows_per_group), []).append(index)
-    order = [list(groups.values())[i] for i in rng.permutation(len(groups))]
-    for start in range(0, len(order), PICTURE_GROUPS_MIXED):
-        yield rng.permutation(np.concatenate(order[start : start + PICTURE_GROUPS_MIXED]))
 
 
 def _info(row: Row, entry: SeriesEntry) -> SliceInfo:

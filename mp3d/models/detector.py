@@ -8,11 +8,14 @@ Differs from the authors' config, as torchvision does:
 - the background class has a box regression too, which is never trained nor read;
 - anchors are rounded to whole pixels, and those that leave the picture are trained (theirs: ``allowed_border=0``);
 - the best anchor of a box is positive whatever its overlap (theirs: from 0.3 on);
+- a loss is the mean over key slices of a sum over as many samples as the config asks for: with fewer candidates than
+  that (theirs: the mean over the samples of the batch) a slice weighs less;
 - RoIAlign is not shifted by half a pixel (``aligned=False``) and takes 2 x 2 samples per bin (theirs: one per cell).
 """
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from typing import cast
 
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -26,6 +29,7 @@ from torchvision.ops.poolers import initLevelMapper
 from mp3d.config import ClipConfig, DetectionHead, ModelConfig
 from mp3d.models.anchors import build_anchor_generator
 from mp3d.models.backbone import build_neck
+from mp3d.models.key_slice_sampler import KeySliceSampler
 from mp3d.models.transform import ClipBatch, ClipTransform
 from mp3d.sample import Clip, Prediction, Target
 
@@ -55,7 +59,7 @@ class Float32Predictor(FastRCNNPredictor):
 def build_rpn(head: DetectionHead) -> RegionProposalNetwork:
     """torchvision's, with the numbers of the config."""
     anchors = build_anchor_generator(head)
-    return RegionProposalNetwork(
+    rpn = RegionProposalNetwork(
         anchors,
         Float32RPNHead(head.fpn_channels, anchors.num_anchors_per_location()[0]),
         fg_iou_thresh=head.rpn_positive_iou,
@@ -66,6 +70,8 @@ def build_rpn(head: DetectionHead) -> RegionProposalNetwork:
         post_nms_top_n=dict(zip(("training", "testing"), head.rpn_post_nms, strict=True)),
         nms_thresh=head.rpn_nms_iou,
     )
+    rpn.fg_bg_sampler = KeySliceSampler(head.rpn_samples, 0.5, stream=0)
+    return rpn
 
 
 def build_roi_heads(head: DetectionHead) -> RoIHeads:
@@ -74,7 +80,7 @@ def build_roi_heads(head: DetectionHead) -> RoIHeads:
     # torchvision would infer the scales from its first batch, and wrongly where much of a small picture is padding.
     align.scales = [1 / stride for stride in ROI_STRIDES]
     align.map_levels = initLevelMapper(2, 5, align.canonical_scale, align.canonical_level)
-    return RoIHeads(
+    heads = RoIHeads(
         align,
         TwoMLPHead(head.fpn_channels * ROI_SIZE**2, head.box_features),
         Float32Predictor(head.box_features, head.num_classes + 1),
@@ -87,6 +93,8 @@ def build_roi_heads(head: DetectionHead) -> RoIHeads:
         nms_thresh=head.box_nms_iou,
         detections_per_img=head.max_detections,
     )
+    heads.fg_bg_sampler = KeySliceSampler(head.box_samples, 0.25, stream=1)
+    return heads
 
 
 class LesionDetector(nn.Module):
@@ -135,10 +143,18 @@ class LesionDetector(nn.Module):
     ) -> dict[str, Tensor] | list[Prediction]:
         """The two-dimensional part, on the feature pyramids of the key slices of a batch."""
         images = ImageList(batch.tensors[:, 0], batch.per_key_slice(batch.image_sizes))
+        parts: tuple[RegionProposalNetwork, RoIHeads] = (self.rpn, self.roi_heads)
+        samplers = [cast(KeySliceSampler, part.fg_bg_sampler) for part in parts]
+        for sampler in samplers:
+            sampler.draws = _draws(targets)
         proposals, rpn_losses = self.rpn(images, features, targets)
         predictions, roi_losses = self.roi_heads(features, proposals, images.image_sizes, targets)
         if self.training:
-            return {**rpn_losses, **roi_losses}
+            return {
+                name: loss * sampler.filled
+                for losses, sampler in zip((rpn_losses, roi_losses), samplers, strict=True)
+                for name, loss in losses.items()
+            }
         return self.transform.postprocess(predictions, batch)
 
     def _check(self, clips: Sequence[Clip], targets: Sequence[Target]) -> None:
@@ -160,3 +176,10 @@ class LesionDetector(nn.Module):
                 )
             if not bool(((labels >= 1) & (labels <= self.num_classes)).all()):
                 raise ValueError(f"target {index} has the labels {labels.tolist()}; lesions are 1..{self.num_classes}")
+
+
+def _draws(targets: Sequence[Target] | None) -> list[int] | None:
+    """The number of each key slice, where all have one."""
+    if not targets or any("draw" not in target for target in targets):
+        return None
+    return [int(target["draw"]) for target in targets]

@@ -7,7 +7,22 @@ import torch
 import torch.distributed as dist
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.distributed.nn.functional import all_reduce
+
+
+class _OverWorkers(torch.autograd.Function):
+    """The sum over all workers; so is its gradient, since every worker's loss depends on it."""
+
+    @staticmethod
+    def forward(ctx, value: Tensor) -> Tensor:
+        total = value.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx, *gradients: Tensor) -> Tensor:
+        total = gradients[0].clone()
+        dist.all_reduce(total)
+        return total
 
 
 class SyncBatchNorm2d(nn.BatchNorm2d):
@@ -19,9 +34,9 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
         values = input.float() if input.dtype in (torch.float16, torch.bfloat16) else input
         count = values.new_tensor(values.numel() / values.shape[1])
         dist.all_reduce(count)
-        mean = all_reduce(values.sum((0, 2, 3))) / count
+        mean = _OverWorkers.apply(values.sum((0, 2, 3))) / count
         # around the common mean, so that nothing is lost to a difference of large numbers
-        variance = all_reduce((values - mean[:, None, None]).square().sum((0, 2, 3))) / count
+        variance = _OverWorkers.apply((values - mean[:, None, None]).square().sum((0, 2, 3))) / count
         self._remember(mean.detach(), variance.detach() * (count / (count - 1).clamp(min=1)))
         scale = torch.rsqrt(variance + self.eps) * self.weight
         return torch.addcmul((self.bias - mean * scale)[:, None, None], values, scale[:, None, None]).to(input.dtype)

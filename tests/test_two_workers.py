@@ -1,0 +1,78 @@
+"""Two workers do what one does on the same global batches, whatever falls on each of them; no Ray, gloo alone."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from mp3d.config import SegmentationHead, TrainConfig
+from tests.tiny import ball_config, ball_shards, classifier_config, ct_shards, detector_config, picture_shards
+from tests.two_workers import Case, gradients, in_two_processes
+
+STEPS = 3
+
+
+def dealt(config: TrainConfig, clips: int, *, accumulate: int = 1) -> Case:
+    """``clips`` a step in one batch of one worker, and in ``accumulate`` batches of each of two."""
+    plain = config.override({"optim.clip_grad_norm": None, "optim.algorithm": "sgd", "optim.lr": 1e-3})
+    return Case(
+        two=plain.override(
+            {
+                "loop.batch_size": clips // (2 * accumulate),
+                "loop.accumulate": accumulate,
+                "loop.num_workers": 2,
+                "loop.sync_batch_norm": plain.model.norm == "bn",
+            }
+        ),
+        one=plain.override({"loop.batch_size": clips}),
+        steps=STEPS,
+    )
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("two")
+    ct, pictures = ct_shards(folder / "ct", patients=6), picture_shards(folder / "pictures")
+    balls = ball_shards(folder / "balls")
+    windows = detector_config(ct, folder, loop__negatives=1.0)
+    slabs = windows.override({"clip.num_key_slices": 5})
+    classes = classifier_config(pictures, folder)
+    masks = ball_config(balls, folder, SegmentationHead(dropout=0))
+    normalised = {"model.norm": "bn"}
+    cases = {
+        "windows": dealt(windows, 2),
+        "slabs": dealt(slabs, 4),
+        "slabs, accumulated": dealt(slabs, 4, accumulate=2),
+        "classes, accumulated": dealt(classes, 8, accumulate=2),
+        "classes, batch norm": dealt(classes.override(normalised), 8),
+        "masks": dealt(masks, 4),
+        "masks, batch norm": dealt(masks.override(normalised), 4),
+    }
+    return in_two_processes(gradients, cases, folder)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        "windows", "slabs", "slabs, accumulated", "classes, accumulated", "classes, batch norm", "masks",
+        "masks, batch norm",
+    ],
+)  # fmt: skip
+def test_two_workers_have_the_gradient_of_one(found: list[dict[str, Any]], case: str):
+    first, second, alone = found[0][case]["two"], found[1][case]["two"], found[0][case]["one"]
+    for here, there, one in zip(first, second, alone, strict=True):
+        scale = max(gradient.abs().max().item() for gradient in one["gradient"].values())
+        assert scale > 1e-3
+        for name, gradient in one["gradient"].items():
+            assert torch.equal(here["gradient"][name], there["gradient"][name])
+            torch.testing.assert_close(here["gradient"][name], gradient, rtol=1e-6, atol=1e-6 * scale)
+        for name, loss in one["losses"].items():
+            assert (here["losses"][name] + there["losses"][name]) / 2 == pytest.approx(loss, rel=1e-6)
+
+
+def test_their_batches_were_as_uneven_as_can_be(found: list[dict[str, Any]]):
+    windows = [step["boxes"] for rank in found for step in rank["windows"]["two"]]
+    assert 0 in windows
+    assert any(windows)
+    pairs = zip(found[0]["slabs"]["two"], found[1]["slabs"]["two"], strict=True)
+    assert any(first["key_slices"] != second["key_slices"] for first, second in pairs)
