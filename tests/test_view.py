@@ -52,7 +52,7 @@ def test_boxes_and_masks_go_where_the_pixels_go(seed: int):
         assert box == pytest.approx(extent(seen.slices[key] > 450), abs=1.6), "the box of the pixels, within about one"
         marked = changed["mask"] == 1
         bright = seen.slices[key] > 450
-        assert (marked & bright).sum() / (marked | bright).sum() > 0.9
+        assert (marked & bright).sum() / (marked | bright).sum() >= 0.85
 
 
 def test_without_a_rotation_boxes_are_exact():
@@ -117,7 +117,7 @@ def test_boxes_follow_a_crop_and_those_hardly_left_are_dropped(seed: int):
     shown = {label: int((changed["mask"] == label).sum()) for label in (1, 2, 3)}
     for box, label in zip(changed["boxes"].tolist(), changed["labels"].tolist(), strict=True):
         assert box == pytest.approx(extent(changed["mask"] == label), abs=3)
-        assert abs(cropped[0][changed["mask"] == label].float().mean() - 80 * label) < 15
+        assert abs(cropped[0][changed["mask"] == label].float().median() - 80 * label) < 15
     for label in {1, 2, 3} - set(changed["labels"].tolist()):
         area = (boxes[label - 1, 2:] - boxes[label - 1, :2]).prod().item()
         assert shown[label] <= MIN_VISIBLE * area / 0.2 * 1.1, (
