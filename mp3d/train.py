@@ -33,7 +33,7 @@ from mp3d.data.survey import read_image_labels
 from mp3d.device import resolve_precision
 from mp3d.early_stop import BestSoFar
 from mp3d.ema import build_average
-from mp3d.errors import ConfigError
+from mp3d.errors import ConfigError, DataError
 from mp3d.evaluation import predict_clips
 from mp3d.metrics import build_metric
 from mp3d.models import build_model
@@ -127,6 +127,14 @@ def check_inputs(config: TrainConfig) -> None:
         raise ConfigError(
             f"{config.shards} has {len(shards.class_names)} classes, model.head.num_classes is {head.num_classes}"
         )
+    if head.kind == "classification" and head.num_classes == 2:
+        labels = read_image_labels(shards, "val")
+        there = {labels[sample.entry.series][sample.row] for sample in validation_samples(config, shards)}
+        if there != {0, 1}:
+            raise DataError(
+                f"the validation samples of {config.shards} are all of class {sorted(map(str, there))}, and the area under "
+                "the curve needs both; prepare with another split, or raise loop.max_validation_clips"
+            )
     if config.init_from:
         open_checkpoint(config.init_from)
 

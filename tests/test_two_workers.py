@@ -7,7 +7,7 @@ import torch
 
 from mp3d.config import SegmentationHead, TrainConfig
 from tests.tiny import ball_config, ball_shards, classifier_config, ct_shards, detector_config, picture_shards
-from tests.two_workers import Case, gradients, in_two_processes
+from tests.two_workers import Case, both, in_two_processes
 
 STEPS = 3
 
@@ -30,7 +30,7 @@ def dealt(config: TrainConfig, clips: int, *, accumulate: int = 1) -> Case:
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+def results(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[dict[str, Any], dict[str, Any]]]:
     folder = tmp_path_factory.mktemp("two")
     ct, pictures = ct_shards(folder / "ct", patients=6), picture_shards(folder / "pictures")
     balls = ball_shards(folder / "balls")
@@ -48,7 +48,28 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
         "masks": dealt(masks, 4),
         "masks, batch norm": dealt(masks.override(normalised), 4),
     }
-    return in_two_processes(gradients, cases, folder)
+    whole = slabs.override(
+        {
+            "name": "whole", "loop.num_workers": 2, "loop.batch_size": 1, "loop.steps_per_epoch": None,
+            "loop.accumulate": 2, "loop.ema_decay": 0.9, "loop.balance": "patients", "loop.allowed_skips": 1,
+            "loop.patience": 5, "model.norm": "bn", "loop.sync_batch_norm": True, "augment.preset": "light",
+        }
+    )  # fmt: skip
+    return in_two_processes(both, (cases, whole), folder)
+
+
+@pytest.fixture(scope="module")
+def found(results: list[tuple[dict[str, Any], dict[str, Any]]]) -> list[dict[str, Any]]:
+    return [gradients for _, gradients in results]
+
+
+def test_a_whole_run_ends_with_the_same_weights_on_both(results: list[tuple[dict[str, Any], dict[str, Any]]]):
+    """Nine key slices and nine empty ones, in steps of four clips: no rank waits for the other for ever."""
+    (first, _), (second, _) = results
+    assert first["steps"] == second["steps"] == 2 * (18 // 4)
+    assert first["metrics"] == second["metrics"]
+    for name, weight in first["weights"].items():
+        assert torch.equal(weight, second["weights"][name])
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 
+import mp3d.train
 from mp3d.config import TrainConfig
 from mp3d.data.batches import ClipDataset, batched, training_loader
 from mp3d.data.shard import open_shards
@@ -54,6 +55,30 @@ def _process(rank: int, work: Callable[[int, Any], Any], argument: Any, folder: 
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     torch.save(work(rank, argument), f"{folder}/result_{rank}.pt")
     dist.destroy_process_group()
+
+
+def both(rank: int, argument: tuple[dict[str, Case], TrainConfig]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Whole runs first: afterwards this process computes in float64."""
+    cases, config = argument
+    return whole_run(rank, config), gradients(rank, cases)
+
+
+def whole_run(rank: int, config: TrainConfig) -> dict[str, Any]:
+    """The shipped loop from start to end: the metrics, the weights at the end, the steps that were counted."""
+    run_dir = Path(config.launch.storage_path) / config.name
+    runs, steps = [], []
+
+    def started(*given: Any) -> Run:
+        runs.append(start(*given))
+        return runs[-1]
+
+    def counted(*given: Any) -> dict[str, Tensor] | None:
+        steps.append(train_step(*given))
+        return steps[-1]
+
+    mp3d.train.start, mp3d.train.train_step = started, counted
+    metrics = mp3d.train.train(config, GlooSession(run_dir))
+    return {"metrics": metrics, "weights": dict(runs[0].bare_model.named_parameters()), "steps": len(steps)}
 
 
 def gradients(rank: int, cases: dict[str, Case]) -> dict[str, Any]:
