@@ -132,8 +132,8 @@ def check_inputs(config: TrainConfig) -> None:
         there = {labels[sample.entry.series][sample.row] for sample in validation_samples(config, shards)}
         if there != {0, 1}:
             raise DataError(
-                f"the validation samples of {config.shards} are all of class {sorted(map(str, there))}, and the area under "
-                "the curve needs both; prepare with another split, or raise loop.max_validation_clips"
+                f"the validation samples of {config.shards} are all of class {sorted(map(str, there))}, and the area "
+                "under the curve needs both; prepare with another split, or raise loop.max_validation_clips"
             )
     if config.init_from:
         open_checkpoint(config.init_from)
