@@ -51,7 +51,8 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[dict[str, An
         {
             "name": "whole", "loop.num_workers": 2, "loop.batch_size": 1, "loop.steps_per_epoch": None,
             "loop.accumulate": 2, "loop.ema_decay": 0.9, "loop.balance": "patients", "loop.allowed_skips": 1,
-            "loop.patience": 5, "loop.epochs": 1, "model.norm": "bn", "loop.sync_batch_norm": True, "augment.preset": "light",
+            "loop.patience": 5, "loop.epochs": 1, "loop.sync_batch_norm": True, "model.norm": "bn",
+            "augment.preset": "light",
         }
     )  # fmt: skip
     return in_two_processes(both, (cases, whole), folder)

@@ -85,7 +85,8 @@ class ClipDataset(Dataset):
         square = self.clip.image_size if self.clip.square_pictures else None
         clip, targets = augment(clip, targets, self.augmentation, rng, window=self.clip.window_hu, square=square)
         draws = [place.position * self.clip.num_key_slices + number for number in range(len(targets))]
-        targets = [Target(**target, draw=torch.tensor(draw)) for target, draw in zip(targets, draws, strict=True)]
+        for target, draw in zip(targets, draws, strict=True):
+            target["draw"] = torch.tensor(draw)
         return clip, targets, [info]
 
     def _block(self, sample: Sample, rng: np.random.Generator | None) -> tuple[Clip, list[Target], list[SliceInfo]]:
