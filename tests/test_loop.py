@@ -14,7 +14,7 @@ from torch import nn
 
 from mp3d.checkpoint import open_checkpoint
 from mp3d.config import OptimConfig, SegmentationHead, TrainConfig
-from mp3d.data.batches import ClipDataset, batched, training_loader
+from mp3d.data.batches import Batch, ClipDataset, batched, training_loader
 from mp3d.data.samples import annotated_samples, classified_samples
 from mp3d.data.shard import open_shards
 from mp3d.data.stream import Stream
@@ -94,7 +94,8 @@ def test_a_killed_run_goes_on_to_the_bit_with_everything_on(
     assert any(not torch.equal(value, trained[f"model.{name}"]) for name, value in averaged.items())
 
 
-def first_step(config: TrainConfig) -> tuple[Run, dict[str, torch.Tensor] | None]:
+def prepared(config: TrainConfig) -> tuple[Run, list[Batch]]:
+    """A new run of a classifier, and the micro-batches of its first step."""
     shards = open_shards(config.shards)
     samples = classified_samples(shards, "train")
     stream = Stream(samples, [], negatives=0, seed=0)
@@ -106,7 +107,30 @@ def first_step(config: TrainConfig) -> tuple[Run, dict[str, torch.Tensor] | None
         world_size=1, workers=0,
     )  # fmt: skip
     (batches,) = batched(loader, config.loop.accumulate)
+    return run, batches
+
+
+def first_step(config: TrainConfig) -> tuple[Run, dict[str, torch.Tensor] | None]:
+    run, batches = prepared(config)
     return run, train_step(run, batches, 0, config.optim.lr)
+
+
+def test_scaled_losses_make_the_same_step_and_an_overflow_makes_none(pictures: Path, tmp_path: Path):
+    """The way of float16, whose small gradients a scaled loss keeps; here in float32, as no CPU trains in float16."""
+    config = classifier_config(pictures, tmp_path, optim__clip_grad_norm=0.05, loop__accumulate=2)
+    plain, _ = first_step(config)
+    scaled, batches = prepared(config)
+    scaled.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    before = [parameter.detach().clone() for parameter in scaled.model.parameters()]
+    assert train_step(scaled, batches, 0, config.optim.lr) is not None
+    for one, other in zip(plain.model.parameters(), scaled.model.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+    assert any(not torch.equal(one, old) for one, old in zip(scaled.model.parameters(), before, strict=True))
+    scaled.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)
+    before = [parameter.detach().clone() for parameter in scaled.model.parameters()]
+    assert train_step(scaled, batches, 1, config.optim.lr) is not None
+    assert all(torch.equal(one, old) for one, old in zip(scaled.model.parameters(), before, strict=True))
+    assert (scaled.skipped, scaled.scaler.get_scale()) == (0, 2.0**126)
 
 
 def test_accumulated_batches_have_the_gradient_of_one(pictures: Path, tmp_path: Path):

@@ -2,7 +2,9 @@
 
 import os
 import tarfile
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,8 @@ from mp3d.data.coco import read_coco
 from mp3d.data.deeplesion import read_deeplesion
 from mp3d.data.lidc import read_lidc
 from mp3d.data.pictures import read_picture_folders
-from mp3d.data.source import Source
+from mp3d.data.series import CTSeries
+from mp3d.data.source import Item, Source
 from mp3d.recipes import Recipe
 from tests.recipe_runs import LARGE, check_first_batch, check_two_steps_and_two_more, split_shards
 
@@ -32,7 +35,8 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "imagenet": first_of_each_split(read_picture_folders(unpacked / "tiny-imagenet-20")),
         "coco": first_of_each_split(read_coco(ROOT / "natural" / "coco")),
         "coco_masks": first_of_each_split(read_coco(ROOT / "natural" / "coco", masks=True)),
-        "deeplesion": replace(lesions, items=tuple(replace(item, patient=item.key) for item in lesions.items)),
+        # two studies of one patient: of two, for the sake of this test
+        "deeplesion": replace(lesions, items=tuple(of_another_patient(item) for item in lesions.items)),
         "classes": read_lidc(ROOT / "lidc", task="classification", min_readers=1, indeterminate="malignant"),
         "nodules": read_lidc(ROOT / "lidc", task="segmentation", min_readers=1),
     }
@@ -44,6 +48,14 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
             split = lambda number, of=numbered: ("train", "val")[of[number] % 2]  # noqa: E731
         split_shards(source, made / name, split or (lambda number, of=source: of.items[number].split or "train"))
     return {name: made / name for name in sources}
+
+
+def of_another_patient(item: Item) -> Item:
+    return replace(item, patient=item.key, load=partial(renamed, item.load, item.key))
+
+
+def renamed(load: Callable[[], CTSeries], patient: str) -> CTSeries:
+    return replace(load(), patient=patient)
 
 
 def first_of_each_split(source: Source) -> Source:
