@@ -24,7 +24,8 @@ from tests.tiny import ID_KEY
 
 IN_EVERY_RUN = {"vdt_imagenet_r3d18_paper", "vdt_coco_masks_r3d18", "deeplesion_mp3d18ba", "lidc_classification"}
 """One of each kind; the others train in `make acceptance`."""
-GAIN = 0.2
+GAIN = 0.3
+"""Share of the way from the untrained network's score to a perfect one: some tell dark from bright by chance."""
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +55,8 @@ def test_a_smoke_recipe_improves_its_own_metric(recipe: Recipe, world: Path, tmp
     config = config.override({"shards": str(folder), "launch.storage_path": str(tmp_path)})
     before = untrained_score(config)
     after = open_checkpoint(run_training(config)).score
-    assert after >= before + GAIN
+    assert after - before >= GAIN * (1 - before)
+    assert after > before
 
 
 @pytest.mark.parametrize("recipe", LARGE, ids=lambda recipe: recipe.__name__)
