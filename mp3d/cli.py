@@ -248,7 +248,7 @@ def training_plan(config: TrainConfig) -> dict[str, Any]:
         "clip": f"{clip.depth} slices, {clip.slice_spacing_mm or 'their own'} mm apart, {clip.image_size} px"
         + (f" of {clip.pixel_spacing_mm or 'their own'} mm, block: {clip.block}" if clip.block else ""),
         "training": f"{loop.epochs} epochs of {loop.steps_per_epoch or 'all'} steps, "
-        f"{loop.batch_size} x {loop.num_workers} clips a step",
+        f"{loop.batch_size} x {loop.accumulate} x {loop.num_workers} clips a step",
         "optimiser": f"{optim.algorithm}, lr {optim.lr:g}, {optim.schedule}",
         "runs on": f"{config.launch.runner}, {loop.num_workers} x {config.launch.cpus_per_worker:g} CPU, "
         f"accelerator {config.launch.accelerator}, precision {loop.precision}",

@@ -153,6 +153,8 @@ def _leave_out(
         }  # fmt: skip
         file.write_text(json.dumps(content, indent=1) + "\n")
     if run.skipped > allowed:
+        if fault == "loss of another worker":
+            raise TrainingDiverged(f"step {step}: the {fault} is not finite; {file.parent} names its slices")
         where = ", ".join(f"{info.series}/{info.z_index}" for batch in batches for info in batch.infos)
         value = sum(value.item() for value in losses.values()) if fault == "loss" else "not finite"
         raise TrainingDiverged(

@@ -235,7 +235,8 @@ def validate(run: Run, dataset: ClipDataset) -> tuple[dict[str, float], str]:
         workers=run.config.launch.loader_workers,
     )  # fmt: skip
     if session.world_size > 1:
-        for buffer in run.bare_model.buffers():  # batch norm's, of which each worker has its own after a step
+        averaged = [] if run.average is None else [*run.average.module.buffers()]
+        for buffer in [*run.bare_model.buffers(), *averaged]:  # batch norm's: after a step each worker has its own
             dist.broadcast(buffer, src=0)
     metric = build_metric(run.config.model.head)
     for prediction, target, _ in predict_clips(run.judged_model, batches, session.device, run.dtype):

@@ -33,8 +33,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     lesions = read_deeplesion(ROOT / "deeplesion")
     sources = {
         "imagenet": first_of_each_split(read_picture_folders(unpacked / "tiny-imagenet-20")),
-        "coco": first_of_each_split(read_coco(ROOT / "natural" / "coco")),
-        "coco_masks": first_of_each_split(read_coco(ROOT / "natural" / "coco", masks=True)),
+        "coco": first_of_each_split(read_coco(ROOT / "natural" / "coco", masks=True)),
         # two studies of one patient: of two, for the sake of this test
         "deeplesion": replace(lesions, items=tuple(of_another_patient(item) for item in lesions.items)),
         "classes": read_lidc(ROOT / "lidc", task="classification", min_readers=1, indeterminate="malignant"),
@@ -47,7 +46,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
             numbered = [patients.index(item.patient) for item in source.items]
             split = lambda number, of=numbered: ("train", "val")[of[number] % 2]  # noqa: E731
         split_shards(source, made / name, split or (lambda number, of=source: of.items[number].split or "train"))
-    return {name: made / name for name in sources}
+    return {name: made / name for name in sources} | {"coco_masks": made / "coco"}
 
 
 def of_another_patient(item: Item) -> Item:
