@@ -69,7 +69,7 @@ def everything_on(kind: str, ct: Path, pictures: Path, balls: Path, storage: Pat
     return config.override(changes).override({"loop.precision": "bf16" if kind == "classifier" else "fp32"})
 
 
-@pytest.mark.parametrize("kind", ["detector", "classifier", "segmenter"])
+@pytest.mark.parametrize("kind", ["detector", "classifier", pytest.param("segmenter", marks=pytest.mark.acceptance)])
 def test_a_killed_run_goes_on_to_the_bit_with_everything_on(
     ct: Path, pictures: Path, balls: Path, tmp_path: Path, kind: str
 ):

@@ -56,7 +56,7 @@ def smoke(config: TrainConfig) -> TrainConfig:
             kind = "objects" if picture else "lesions"
             changes |= {f"model.head.{name}": value for name, value in DETECTION.items()}
             changes["loop.batch_size"] = 2
-            changes["loop.steps_per_epoch"] = 20
+            changes["loop.steps_per_epoch"] = 30
         case SegmentationHead():
             kind = "objects" if picture else ("nodules" if clip.block == "centre" else "organs")
             changes["model.head.num_classes"] = 1
