@@ -20,9 +20,11 @@ from pydantic import ValidationError
 from mp3d.checkpoint import open_checkpoint
 from mp3d.config import Config, SweepConfig, TrainConfig
 from mp3d.data.made_world import ensure_synthetic_shards
+from mp3d.data.smoke_world import ensure_smoke_shards
 from mp3d.errors import ConfigError, Mp3dError
 from mp3d.launch import run_training
 from mp3d.recipes import SYNTHETIC_WORLD, Recipe
+from mp3d.recipes.smoke import SMOKE_WORLD, SUFFIX, smoke_of
 from mp3d.sweep import run_sweep, trials_table
 from mp3d.tracking import tracking_mode
 
@@ -101,12 +103,19 @@ def parse(kind: type[C], *, about: str, argv: Sequence[str] | None) -> Command[C
 def overview(recipes: Sequence[Recipe], about: str) -> str:
     """The help of a job that takes a recipe."""
     lines = [f"  {recipe.__name__:<26}{(recipe.__doc__ or '').splitlines()[0]}" for recipe in recipes]
-    return "\n".join([about.strip(), "", "recipes (RECIPE --help lists the fields of one):", *lines, "", EXIT_CODES])
+    title = f"recipes (RECIPE --help lists the fields of one; RECIPE{SUFFIX} is one at smoke size, on made data):"
+    return "\n".join([about.strip(), "", title, *lines, "", EXIT_CODES])
 
 
 def find_recipe(recipes: Sequence[Recipe], name: str) -> Recipe:
-    """Raises: ConfigError, with the nearest name, where there is no such recipe."""
+    """The recipe of a name, or of one at smoke size.
+
+    Raises:
+        ConfigError: there is no such recipe; the message has the nearest name.
+    """
     by_name = {recipe.__name__: recipe for recipe in recipes}
+    if name.endswith(SUFFIX) and name.removesuffix(SUFFIX) in by_name:
+        return smoke_of(by_name[name.removesuffix(SUFFIX)])
     if name not in by_name:
         near = difflib.get_close_matches(name, by_name, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
@@ -218,9 +227,13 @@ def sweep_command(command: Command[SweepConfig]) -> int:
 
 
 def ensure_shards(shards: str) -> None:
-    """Make the synthetic world where a recipe's own path to it was left as it is; data of the user's are never made."""
+    """Make the synthetic world, or the data of a smoke size, where a recipe's own path to it was left as it is; data of
+    the user's are never made.
+    """
     if Path(shards).parent == Path(SYNTHETIC_WORLD):
         ensure_synthetic_shards(Path(absolute(SYNTHETIC_WORLD)))
+    if Path(shards).parent == Path(SMOKE_WORLD):
+        ensure_smoke_shards(Path(absolute(shards)))
 
 
 def training_plan(config: TrainConfig) -> dict[str, Any]:
@@ -237,7 +250,7 @@ def training_plan(config: TrainConfig) -> dict[str, Any]:
         "clip": f"{clip.depth} slices, {clip.slice_spacing_mm or 'their own'} mm apart, {clip.image_size} px"
         + (f" of {clip.pixel_spacing_mm or 'their own'} mm, block: {clip.block}" if clip.block else ""),
         "training": f"{loop.epochs} epochs of {loop.steps_per_epoch or 'all'} steps, "
-        f"{loop.batch_size} x {loop.num_workers} clips a step",
+        f"{loop.batch_size} x {loop.accumulate} x {loop.num_workers} clips a step",
         "optimiser": f"{optim.algorithm}, lr {optim.lr:g}, {optim.schedule}",
         "runs on": f"{config.launch.runner}, {loop.num_workers} x {config.launch.cpus_per_worker:g} CPU, "
         f"accelerator {config.launch.accelerator}, precision {loop.precision}",

@@ -41,7 +41,7 @@ from mp3d.models.p3d import MIN_DEPTH
 from mp3d.models.released import Shape, has_group_norm, match_backbone
 from mp3d.models.released_file import our_head_name, recognise, split_parts
 from mp3d.models.transfer import InflationRule, Reinitialised, TransferReport, inflate, model_prefix
-from mp3d.recipes import PICTURE_CLIP
+from mp3d.recipes.pictures import PICTURE_CLIP
 
 READING = Limits(memory_bytes=8 * 2**30, cpu_s=120, wall_s=300)
 """Address space, of which torch's libraries take three gigabytes."""

@@ -41,6 +41,8 @@ class Target(TypedDict):
     """Scalar int64: the class of the whole picture or clip, from 0."""
     mask: NotRequired[Tensor]
     """``(h, w)`` uint8 classes, 0 the background, ``mp3d.config.UNKNOWN`` where they are not known."""
+    draw: NotRequired[Tensor]
+    """Scalar int64: seeds what a loss draws at random for this key slice; its own at every place of a run."""
 
 
 class Prediction(TypedDict):

@@ -26,13 +26,26 @@ def build_optimizer(parameters: Iterable[nn.Parameter], optim: OptimConfig) -> O
     return algorithm(trained, lr=optim.lr, weight_decay=optim.weight_decay)
 
 
+def scaled_to_batch(optim: OptimConfig, clips_per_step: int) -> OptimConfig:
+    """The rates that :attr:`OptimConfig.lr_batch` asks for: linear in the batch for SGD (Goyal et al. 2017), the square
+    root of it for Adam (Malladi et al. 2022).
+    """
+    if optim.lr_batch is None:
+        return optim
+    factor = clips_per_step / optim.lr_batch
+    if optim.algorithm != "sgd":
+        factor = math.sqrt(factor)
+    return optim.override({"lr": optim.lr * factor, "min_lr": optim.min_lr * factor})
+
+
 def learning_rate(step: int, optim: OptimConfig, *, steps_per_epoch: int, epochs: int) -> float:
     """Learning rate of a step, counted from 0 over the whole run."""
     rate = optim.lr
     if optim.schedule == "step":
         rate *= optim.gamma ** sum(step // steps_per_epoch >= milestone for milestone in optim.milestones)
     elif optim.schedule == "cosine":
-        rate *= 0.5 * (1 + math.cos(math.pi * step / (steps_per_epoch * epochs)))
+        share = 0.5 * (1 + math.cos(math.pi * step / (steps_per_epoch * epochs)))
+        rate = optim.min_lr + (rate - optim.min_lr) * share
     elif optim.schedule == "poly":
         remaining = 1 - step / (steps_per_epoch * epochs)
         rate = optim.min_lr + (rate - optim.min_lr) * remaining**POLY_POWER

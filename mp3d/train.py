@@ -10,65 +10,43 @@ the end of an epoch goes on exactly as one that was not.
 import json
 import math
 import time
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Iterable
+from dataclasses import asdict
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from mp3d.checkpoint import Checkpoint, open_checkpoint, pack_optimizer, save_checkpoint, unpack_optimizer
 from mp3d.config import TrainConfig
-from mp3d.data.batches import (
-    Batch,
-    ClipDataset,
-    Stream,
-    evaluation_batches,
-    training_loader,
-)
+from mp3d.data.batches import Batch, ClipDataset, batched, evaluation_batches, training_loader
 from mp3d.data.samples import Sample, annotated_samples, classified_samples, masked_samples, tile_samples
 from mp3d.data.shard import ShardSet, cached, open_shards
-from mp3d.device import autocast, checked_precision, compile_layers, resolve_precision
-from mp3d.errors import ConfigError, Mp3dError
+from mp3d.data.stream import Stream
+from mp3d.data.survey import read_image_labels
+from mp3d.device import checked_precision, compile_layers, resolve_precision
+from mp3d.early_stop import BestSoFar
+from mp3d.ema import build_average
+from mp3d.errors import ConfigError, DataError
 from mp3d.evaluation import predict_clips
 from mp3d.metrics import build_metric
 from mp3d.models import build_model
+from mp3d.models.sync_batch_norm import synchronise_batch_norm
 from mp3d.models.transfer import initialise_backbone
-from mp3d.sample import Clip, Target
-from mp3d.schedule import build_optimizer, learning_rate
+from mp3d.schedule import build_optimizer, learning_rate, scaled_to_batch
 from mp3d.session import Session
+from mp3d.step import Run, train_step
 from mp3d.tracking import track
 
 PROGRESS_INTERVAL_S = 5.0
-
-
-class TrainingDiverged(Mp3dError):
-    """A loss was not finite."""
-
-
-@dataclass
-class Run:
-    """The parts of a training run that change as it goes on."""
-
-    config: TrainConfig
-    session: Session
-    model: nn.Module
-    optimizer: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler
-    dtype: torch.dtype | None
-    """What autocast computes in."""
-    steps_per_epoch: int
-
-    @property
-    def bare_model(self) -> nn.Module:
-        """The model without the wrapper that averages gradients."""
-        return self.model.module if isinstance(self.model, DistributedDataParallel) else self.model
+RAW = "model."
+"""Prefix, among a checkpoint's trainer tensors, of the weights that are trained, where their average is the model."""
 
 
 def train(config: TrainConfig, session: Session) -> dict[str, float]:
@@ -90,16 +68,19 @@ def train(config: TrainConfig, session: Session) -> dict[str, float]:
         )
     shards = cached(open_shards(config.shards), config.launch.cache_dir, config.launch.cache_gb)
     positives, spare = training_samples(config, shards)
-    stream = Stream(positives, spare, negatives=config.loop.negatives, seed=config.loop.seed)
+    stream = Stream(
+        positives, spare, negatives=config.loop.negatives, seed=config.loop.seed, kind=balanced_by(config, shards)
+    )
     masks = config.model.head.kind == "segmentation"
     dataset = ClipDataset(shards, stream.samples, config.clip, config.augment, config.loop.seed, every_slice=masks)
     validation = ClipDataset(shards, validation_samples(config, shards), config.clip, every_slice=masks)
 
-    global_batch = config.loop.batch_size * session.world_size
+    global_batch = config.loop.step_clips * session.world_size
     run = start(config, session, config.loop.steps_per_epoch or max(1, len(stream) // global_batch))
+    best = BestSoFar()
     checkpoint = session.resume()
     if checkpoint:
-        restore(run, checkpoint)
+        best = restore(run, checkpoint)
         _say(session, f"resumed after epoch {checkpoint.epoch} from {checkpoint.path}")
     elif config.init_from:
         report = initialise_backbone(run.bare_model, open_checkpoint(config.init_from).model_state())
@@ -109,11 +90,15 @@ def train(config: TrainConfig, session: Session) -> dict[str, float]:
 
     metrics = checkpoint.metrics if checkpoint else {}
     with track(config, session.run_dir, session.rank) as tracker:
-        for epoch in range((checkpoint.epoch if checkpoint else 0) + 1, config.loop.epochs + 1):
+        done = checkpoint.epoch if checkpoint else 0
+        for epoch in range(done + 1, config.loop.epochs + 1):
+            if best.is_stale(epoch - 1, config.loop.patience):
+                _say(session, f"stopped after epoch {epoch - 1}: nothing better since epoch {best.epoch}")
+                break
             steps = range((epoch - 1) * run.steps_per_epoch, epoch * run.steps_per_epoch)
             batches = training_loader(
-                dataset, stream, batch_size=config.loop.batch_size, steps=steps, rank=session.rank,
-                world_size=session.world_size, workers=config.launch.loader_workers,
+                dataset, stream, batch_size=config.loop.batch_size, accumulate=config.loop.accumulate, steps=steps,
+                rank=session.rank, world_size=session.world_size, workers=config.launch.loader_workers,
             )  # fmt: skip
             metrics = train_epoch(run, epoch, steps, batches)
             found, score_name = validate(run, validation)
@@ -121,7 +106,8 @@ def train(config: TrainConfig, session: Session) -> dict[str, float]:
             tracker(metrics, step=steps.stop)
             shown = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
             _say(session, f"epoch {epoch}/{config.loop.epochs}  {shown}")
-            session.report(epoch, metrics[score_name], metrics, partial(save, run, epoch, metrics, score_name))
+            best.update(epoch, metrics[score_name])
+            session.report(epoch, metrics[score_name], metrics, partial(save, run, epoch, metrics, score_name, best))
     return metrics
 
 
@@ -141,6 +127,14 @@ def check_inputs(config: TrainConfig) -> None:
         raise ConfigError(
             f"{config.shards} has {len(shards.class_names)} classes, model.head.num_classes is {head.num_classes}"
         )
+    if head.kind == "classification" and head.num_classes == 2:
+        labels = read_image_labels(shards, "val")
+        there = {labels[sample.entry.series][sample.row] for sample in validation_samples(config, shards)}
+        if there != {0, 1}:
+            raise DataError(
+                f"the validation samples of {config.shards} are all of class {sorted(map(str, there))}, and the area "
+                "under the curve needs both; prepare with another split, or raise loop.max_validation_clips"
+            )
     if config.init_from:
         open_checkpoint(config.init_from)
 
@@ -156,6 +150,18 @@ def training_samples(config: TrainConfig, shards: ShardSet) -> tuple[list[Sample
             return classified_samples(shards, "train"), []
         case "segmentation":
             return masked_samples(shards, "train", config.clip, config.loop.negatives)
+
+
+def balanced_by(config: TrainConfig, shards: ShardSet) -> Callable[[Sample], Hashable] | None:
+    """What training samples are balanced by."""
+    match config.loop.balance:
+        case "none":
+            return None
+        case "patients":
+            return lambda sample: sample.entry.patient
+        case "classes":
+            labels = read_image_labels(shards, "train")
+            return lambda sample: labels[sample.entry.series][sample.row]
 
 
 def validation_samples(config: TrainConfig, shards: ShardSet) -> list[Sample]:
@@ -176,60 +182,49 @@ def start(config: TrainConfig, session: Session, steps_per_epoch: int) -> Run:
     """Model and optimiser of a new run, the same on every rank."""
     torch.manual_seed(config.loop.seed)
     model = build_model(config.model, config.clip).to(session.device)
+    if config.loop.sync_batch_norm and session.world_size > 1:
+        synchronise_batch_norm(model)
     dtype = checked_precision(model, config.clip, resolve_precision(config.loop.precision, session.device))
     if config.loop.compile:
         compile_layers(model)
     scaler = torch.amp.GradScaler(session.device.type, enabled=dtype == torch.float16)
     optimizer = build_optimizer(model.parameters(), config.optim)
+    average = build_average(model, config.loop.ema_decay) if config.loop.ema_decay else None
     if session.world_size > 1:
         model = DistributedDataParallel(model)
-    return Run(config, session, model, optimizer, scaler, dtype, steps_per_epoch)
+    return Run(config, session, model, optimizer, scaler, dtype, steps_per_epoch, average)
 
 
 def train_epoch(run: Run, epoch: int, steps: range, batches: Iterable[Batch]) -> dict[str, float]:
-    """One epoch of steps; returns the mean of every loss and the last learning rate."""
-    loop, optim = run.config.loop, run.config.optim
+    """One epoch of steps; returns the mean of every loss over all workers and the last learning rate.
+
+    Args:
+        batches: ``loop.accumulate`` of them for each step.
+    """
+    loop, session = run.config.loop, run.session
     # the generators that models and losses draw from depend on nothing but the place in the run
-    torch.manual_seed(int(np.random.SeedSequence([loop.seed, epoch, run.session.rank]).generate_state(1)[0]))
+    torch.manual_seed(int(np.random.SeedSequence([loop.seed, epoch, session.rank]).generate_state(1)[0]))
     run.model.train()
+    clips_per_step = loop.step_clips * session.world_size
+    optim = scaled_to_batch(run.config.optim, clips_per_step)
     sums: dict[str, Tensor] = {}
-    rate = 0.0
-    progress = Progress(
-        run.session.rank, f"epoch {epoch}/{loop.epochs}", len(steps), loop.batch_size * run.session.world_size
-    )
-    for step, batch in zip(steps, batches, strict=True):
+    counted, rate = 0, 0.0
+    progress = Progress(session.rank, f"epoch {epoch}/{loop.epochs}", len(steps), clips_per_step)
+    for step, parts in zip(steps, batched(batches, loop.accumulate), strict=True):
         rate = learning_rate(step, optim, steps_per_epoch=run.steps_per_epoch, epochs=loop.epochs)
-        losses = train_step(run, batch, step, rate)
+        losses = train_step(run, parts, step, rate)
+        if losses is None:
+            continue
+        counted += 1
         for name, value in losses.items():
             sums[name] = sums.get(name, torch.zeros((), device=value.device)) + value
         progress.step(losses, rate)
-    return {name: (value / len(steps)).item() for name, value in sums.items()} | {"lr": rate}
-
-
-def train_step(run: Run, batch: Batch, step: int, rate: float) -> dict[str, Tensor]:
-    """Forward, backward, update. Plain torch: works without a session's host as long as there is one process."""
-    device, optim = run.session.device, run.config.optim
-    clips = [Clip(clip.slices.to(device, non_blocking=True), clip.key_slices) for clip in batch.clips]
-    targets = [_moved(target, device) for target in batch.targets]
-    with autocast(device, run.dtype):
-        losses = run.model(clips, targets, image_size=_image_size(run.config, step))
-    loss = torch.stack(list(losses.values())).sum()
-    if not torch.isfinite(loss):
-        where = ", ".join(f"{info.series}/{info.z_index}" for info in batch.infos)
-        raise TrainingDiverged(
-            f"step {step}: the loss is {loss.item()} on series/slice {where}; "
-            "lower optim.lr, lengthen optim.warmup_steps, or try loop.precision fp32"
-        )
-    for group in run.optimizer.param_groups:
-        group["lr"] = rate
-    run.optimizer.zero_grad(set_to_none=True)
-    run.scaler.scale(loss).backward()
-    if optim.clip_grad_norm is not None:
-        run.scaler.unscale_(run.optimizer)
-        nn.utils.clip_grad_norm_(run.model.parameters(), optim.clip_grad_norm)
-    run.scaler.step(run.optimizer)
-    run.scaler.update()
-    return {name: value.detach() for name, value in losses.items()}
+    means = {name: value / max(1, counted) for name, value in sums.items()}
+    if session.world_size > 1 and means:
+        stacked = torch.stack(list(means.values())) / session.world_size
+        dist.all_reduce(stacked)
+        means = dict(zip(means, stacked, strict=True))
+    return {name: value.item() for name, value in means.items()} | {"lr": rate}
 
 
 def validate(run: Run, dataset: ClipDataset) -> tuple[dict[str, float], str]:
@@ -241,8 +236,12 @@ def validate(run: Run, dataset: ClipDataset) -> tuple[dict[str, float], str]:
         dataset, batch_size=loop.batch_size, rank=session.rank, world_size=session.world_size,
         workers=run.config.launch.loader_workers,
     )  # fmt: skip
+    if session.world_size > 1:
+        averaged = [] if run.average is None else [*run.average.module.buffers()]
+        for buffer in [*run.bare_model.buffers(), *averaged]:  # batch norm's: after a step each worker has its own
+            dist.broadcast(buffer, src=0)
     metric = build_metric(run.config.model.head)
-    for prediction, target, _ in predict_clips(run.bare_model, batches, session.device, run.dtype):
+    for prediction, target, _ in predict_clips(run.judged_model, batches, session.device, run.dtype):
         metric.update([prediction], [target])
     if session.world_size > 1:
         gathered: list[Any] = [None] * session.world_size
@@ -251,22 +250,31 @@ def validate(run: Run, dataset: ClipDataset) -> tuple[dict[str, float], str]:
     return metric.compute(), metric.score_name
 
 
-def save(run: Run, epoch: int, metrics: dict[str, float], score_name: str, directory: Path) -> None:
-    """Write the checkpoint of an epoch."""
+def save(run: Run, epoch: int, metrics: dict[str, float], score_name: str, best: BestSoFar, directory: Path) -> None:
+    """Write the checkpoint of an epoch: the weights that are judged, and what training goes on from."""
     trainer = pack_optimizer(run.optimizer)
-    trainer.values["scaler"] = run.scaler.state_dict()
+    if run.average is not None:
+        trainer.tensors.update({f"{RAW}{name}": value for name, value in run.bare_model.state_dict().items()})
+        trainer.values["averaged"] = int(run.average.n_averaged)
+    trainer.values.update(scaler=run.scaler.state_dict(), skipped=run.skipped, best=asdict(best))
     save_checkpoint(
-        directory, config=run.config, model_state=run.bare_model.state_dict(), epoch=epoch, score=metrics[score_name],
+        directory, config=run.config, model_state=run.judged_model.state_dict(), epoch=epoch, score=metrics[score_name],
         metrics=metrics, trainer=trainer,
     )  # fmt: skip
 
 
-def restore(run: Run, checkpoint: Checkpoint) -> None:
+def restore(run: Run, checkpoint: Checkpoint) -> BestSoFar:
     """Put a run back to the end of the checkpoint's epoch."""
-    run.bare_model.load_state_dict(checkpoint.model_state())
+    run.judged_model.load_state_dict(checkpoint.model_state())
     trainer = checkpoint.trainer_state()
+    if run.average is not None:
+        raw = {name.removeprefix(RAW): value for name, value in trainer.tensors.items() if name.startswith(RAW)}
+        run.bare_model.load_state_dict(raw)
+        run.average.n_averaged.fill_(trainer.values["averaged"])
     unpack_optimizer(run.optimizer, trainer)
     run.scaler.load_state_dict(trainer.values["scaler"])
+    run.skipped = trainer.values["skipped"]
+    return BestSoFar(**trainer.values["best"])
 
 
 class Progress:
@@ -291,17 +299,6 @@ class Progress:
             f"ETA {left}  lr {rate:.2g}  {shown}",
             flush=True,
         )
-
-
-def _moved(target: Target, device: torch.device) -> Target:
-    tensors = cast(dict[str, Tensor], target)
-    return cast(Target, {name: tensor.to(device) for name, tensor in tensors.items()})
-
-
-def _image_size(config: TrainConfig, step: int) -> int:
-    """Multi-scale training: one size for the whole global batch, drawn from the seed and the step."""
-    sizes = config.augment.image_sizes or (config.clip.image_size,)
-    return int(np.random.default_rng([config.loop.seed, step]).choice(sizes))
 
 
 def _say(session: Session, text: str) -> None:

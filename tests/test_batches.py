@@ -9,13 +9,13 @@ import torch
 from mp3d.config import AugmentConfig, ClipConfig
 from mp3d.data.batches import (
     ClipDataset,
-    Stream,
     evaluation_batches,
     read_clip,
     training_loader,
 )
 from mp3d.data.samples import Sample, annotated_samples, classified_samples
 from mp3d.data.shard import ShardSet, open_shards
+from mp3d.data.stream import Stream
 from mp3d.errors import DataError
 from tests.tiny import BRIGHT_HU, blob_series, ct_shards, picture_shards
 

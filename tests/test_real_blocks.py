@@ -8,14 +8,16 @@ import pytest
 import torch
 
 from mp3d.config import UNKNOWN
-from mp3d.data.batches import ClipDataset, Place
+from mp3d.data.batches import ClipDataset
 from mp3d.data.blocks import read_block
 from mp3d.data.lidc import read_lidc
 from mp3d.data.prepare import prepare
 from mp3d.data.samples import Sample
 from mp3d.data.shard import ShardSet, decode_image, decode_truth, open_shards
+from mp3d.data.stream import Place
 from mp3d.models import build_model
-from mp3d.recipes import Recipe, lidc_classification, lidc_segmentation
+from mp3d.recipes import Recipe
+from mp3d.recipes.volumes import lidc_classification, lidc_segmentation
 from tests.tiny import ID_KEY
 
 ROOT = Path(os.environ.get("MP3D_SHARED_DATA") or Path(__file__).parents[2] / "shared" / "data") / "lidc"

@@ -1,15 +1,19 @@
 """Recipes: complete, distinct, plain data, and buildable."""
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from mp3d.config import ClassificationHead, DetectionHead, SegmentationHead, TrainConfig
-from mp3d.models import build_model
+from mp3d.models import ClipSegmenter, LesionDetector, build_model
 from mp3d.recipes import FINETUNE, PRETRAIN, Recipe
 
 RECIPES = PRETRAIN + FINETUNE
+LARGE = [recipe for recipe in RECIPES if not recipe.__name__.startswith(("synthetic_", "small_"))]
 DETECTORS = [recipe for recipe in FINETUNE if recipe().model.head.kind == "detection"]
 
 
@@ -22,6 +26,48 @@ def test_recipe_is_complete_and_builds_its_model(recipe: Recipe):
     with torch.device("meta"):
         model = build_model(config.model, config.clip)
     assert sum(parameter.numel() for parameter in model.parameters()) > 10_000
+
+
+CLIPS_PER_EPOCH = {
+    "imagenet": 1_281_167, "coco": 118_287, "coco_masks": 118_287, "deeplesion": 22_496, "classes": 1_323,
+    "nodules": 2_142,
+}  # fmt: skip
+"""Training pictures, key slices and nodules of the published data sets; the liver recipes count their steps."""
+
+
+@pytest.mark.parametrize("recipe", LARGE, ids=lambda recipe: recipe.__name__)
+def test_a_docstring_says_what_it_needs_costs_and_scores(recipe: Recipe):
+    lines = [line.strip() for line in (recipe.__doc__ or "").splitlines()]
+    named = {
+        line.split(":")[0]: line for line in lines if line.split(":")[0] in ("Data", "Cost", "Expected", "Measured")
+    }
+    assert set(named) == {"Data", "Cost", "Expected", "Measured"}
+    expected = " ".join(lines).partition("Expected:")[2].partition("Measured:")[0]
+    if re.search(r"\d\d\.\d", expected):
+        assert re.search(r"published|authors' log|unverified", expected), "a score comes with where it is from"
+    assert any(line.startswith("python jobs/") for line in lines)
+    said = re.search(r"Cost: ([\d.,]+) PFLOP", named["Cost"])
+    assert said is not None
+    assert float(said[1].replace(",", "")) == pytest.approx(petaflops(recipe()), rel=0.05)
+
+
+def petaflops(config: TrainConfig) -> float:
+    """Of all convolutions of the whole run, backward as twice forward; counted by torch on the meta device."""
+    with torch.device("meta"):
+        model = build_model(config.model, config.clip)
+        sizes = config.augment.image_sizes or (config.clip.image_size,)
+        size = round(sum(sizes) / len(sizes) / 32) * 32 if config.augment.image_sizes else sizes[0]
+        clip = torch.zeros(1, 1, config.clip.depth, size, size)
+        with FlopCounterMode(display=False) as counter:
+            if isinstance(model, ClipSegmenter):
+                model.classify(model.decoder(model.backbone.with_stem(clip)))
+            elif isinstance(model, LesionDetector):
+                model.backbone(clip, [(config.clip.depth // 2,)])
+            else:
+                model.backbone(clip)
+    loop = config.loop
+    counted = CLIPS_PER_EPOCH.get(Path(config.shards).name) or (loop.steps_per_epoch or 0) * 16
+    return 3 * counter.get_total_flops() * loop.epochs * counted / 1e15
 
 
 def test_names_are_unique():
@@ -40,6 +86,7 @@ def test_pretraining_reads_three_planes_in_random_order(recipe: Recipe):
 def test_large_detectors_train_on_slabs_but_the_published_one(recipe: Recipe):
     config = recipe()
     if recipe.__name__.endswith("_paper"):
+        assert config.optim.lr_batch == config.loop.batch_size * config.loop.num_workers == 16
         assert (config.clip.num_key_slices, config.clip.depth, config.model.norm) == (1, 9, "gn3d")
     elif not config.model.keeps_z or recipe.__name__.startswith(("synthetic_", "small_")):
         assert config.clip.num_key_slices == 1
@@ -91,6 +138,14 @@ def recipe_named(name: str) -> TrainConfig:
     return next(recipe for recipe in RECIPES if recipe.__name__ == name)()
 
 
+def test_the_z_pooling_recipe_is_the_published_one():
+    config = recipe_named("deeplesion_p3d63_paper")
+    assert (config.model.backbone, config.model.keeps_z, config.clip.num_slices) == ("p3d63", False, 9)
+    assert config.augment.image_sizes == (384, 448, 512, 576, 640)
+    other = {"name": "deeplesion_p3d18ba_paper", "model.backbone": "p3d18ba"}
+    assert config.override(other) == recipe_named("deeplesion_p3d18ba_paper")
+
+
 def test_the_imagenet_recipe_is_the_published_one():
     config = recipe_named("vdt_imagenet_r3d18_paper")
     assert (config.optim.algorithm, config.optim.lr, config.optim.schedule) == ("sgd", 0.1, "cosine")
@@ -114,6 +169,8 @@ def test_the_nodule_recipes_are_the_published_ones():
     assert (classify.loop.epochs, classify.loop.batch_size, classify.loop.num_workers) == (100, 32, 4)
     assert (classify.clip.mean, classify.clip.std) == (99, 77)
     assert (segment.optim.lr, segment.optim.schedule, segment.optim.min_lr) == (1e-3, "poly", 1e-6)
+    assert segment.loop.sync_batch_norm
+    assert not classify.loop.sync_batch_norm
     assert (segment.loop.epochs, segment.loop.batch_size, segment.loop.num_workers) == (200, 4, 8)
     assert (segment.clip.mean, segment.clip.std) == (123.675, 58.395)
     with torch.device("meta"):

@@ -10,7 +10,8 @@ from mp3d.checkpoint import open_checkpoint
 from mp3d.errors import CheckpointError, ConfigError, DataError
 from mp3d.launch import run_training
 from mp3d.session import PlainSession, read_metrics
-from mp3d.train import TrainingDiverged, check_inputs, train
+from mp3d.step import TrainingDiverged
+from mp3d.train import check_inputs, train
 from tests.tiny import classifier_config, ct_shards, detector_config, picture_shards
 
 

@@ -107,8 +107,12 @@ class OptimConfig(Config):
     weight_decay: NonNegativeFloat = 1e-4
     schedule: Literal["step", "cosine", "poly", "constant"] = "step"
     """poly: from ``lr`` to ``min_lr`` as the remaining share of the steps to the power 0.9."""
+    lr_batch: PositiveInt | None = None
+    """Clips a step that ``lr`` and ``min_lr`` are meant for: with another global batch, as with another number of
+    workers, they are scaled in proportion for sgd, by the square root for adam and adamw. None: taken as they stand.
+    """
     min_lr: NonNegativeFloat = 0.0
-    """Where ``poly`` ends."""
+    """Where ``poly`` and ``cosine`` end."""
     milestones: tuple[PositiveInt, ...] = (16, 22)
     """Epochs after which ``step`` multiplies the learning rate by ``gamma``."""
     gamma: PositiveFloat = 0.1
@@ -126,7 +130,9 @@ class LoopConfig(Config):
     steps_per_epoch: PositiveInt | None = None
     """None: every training clip once."""
     num_workers: PositiveInt = 1
-    """Training processes; the global batch is ``batch_size * num_workers``."""
+    """Training processes; the global batch is ``batch_size * accumulate * num_workers``."""
+    accumulate: PositiveInt = 1
+    """Batches per worker whose gradients make one step."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """auto: bf16 where the device computes in it, else fp32."""
     compile: bool = False
@@ -135,9 +141,29 @@ class LoopConfig(Config):
     """
     negatives: NonNegativeFloat = 0.0
     """Slices without a lesion drawn per slice with one, from series that were searched completely."""
+    balance: Literal["none", "patients", "classes"] = "none"
+    """none: every training sample once a pass; patients: every patient equally often, however many key slices he has,
+    with negatives too; classes: every class of a classifier equally often. A pass is as long in any case.
+    """
     max_validation_clips: PositiveInt | None = None
     """Evenly spread over the validation split; None: all."""
+    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Of a moving average of weights and buffers, which is judged and saved in their place; None: no average."""
+    patience: PositiveInt | None = None
+    """Epochs without a better score after which the run stops; None: it never does."""
+    allowed_skips: NonNegativeInt = 0
+    """Steps of the whole run that may be left out because a loss or gradient is not finite. The next one stops the run;
+    the folder ``nonfinite`` names the slices of each.
+    """
+    sync_batch_norm: bool = False
+    """Statistics of ``bn`` over the batches of all workers (the authors' segmentation recipes); else each has its own.
+    """
     seed: NonNegativeInt = 0
+
+    @property
+    def step_clips(self) -> int:
+        """Clips of one step of one worker."""
+        return self.batch_size * self.accumulate
 
 
 class LaunchConfig(Config):
@@ -197,15 +223,18 @@ class TrainConfig(Config):
             raise ValueError("a detector reads whole slices; leave clip.block unset")
         if block is not None and augment.image_sizes:
             raise ValueError("a block is not resized; set augment.image_sizes to () and use augment.zoom")
-        if block is None and (augment.shift_px, augment.zoom, augment.quarter_turns) != ((0, 0), (1.0, 1.0), False):
-            raise ValueError("augment.shift_px, zoom and quarter_turns are for blocks; set clip.block")
+        if block is None and (augment.shift_px, augment.quarter_turns) != ((0, 0), False):
+            raise ValueError("augment.shift_px and quarter_turns are for blocks; set clip.block")
         if block is None and kind == "segmentation" and self.clip.slice_spacing_mm is not None:
             raise ValueError("of a CT a segmenter reads blocks; set clip.block to centre or anywhere")
+        if self.loop.balance == "classes" and kind != "classification":
+            raise ValueError(f"loop.balance classes is for a classifier; balance a {kind} head by patients")
         if augment.quarter_turns and self.clip.num_slices != self.clip.image_size:
             raise ValueError("augment.quarter_turns needs equal sides: set clip.num_slices to clip.image_size")
-        cropped = augment.crop_scale is not None or self.clip.square_pictures
-        if cropped and kind == "detection":
-            raise ValueError("boxes do not follow a crop; leave augment.crop_scale and clip.square_pictures unset")
+        if augment.crop_scale is not None and self.clip.slice_spacing_mm is not None:
+            raise ValueError("augment.crop_scale is for colour pictures; of a CT augment.zoom shows a part")
+        if self.clip.square_pictures and kind == "detection":
+            raise ValueError("a detector is judged on whole pictures; leave clip.square_pictures unset")
         if self.clip.square_pictures and augment.crop_scale is None:
             raise ValueError("clip.square_pictures needs augment.crop_scale: which part is cut out in training")
         return self

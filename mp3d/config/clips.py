@@ -1,8 +1,8 @@
 """What the network reads: how stored slices become clips, and how training changes them."""
 
-from typing import Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from mp3d.config.base import Config, Fraction
 
@@ -64,22 +64,77 @@ class ClipConfig(Config):
         return self
 
 
+PRESETS: dict[str, dict[str, Any]] = {
+    "none": {
+        "horizontal_flip": 0.0, "z_flip": 0.0, "rotation_deg": 0.0, "zoom": (1.0, 1.0), "contrast": (1.0, 1.0),
+        "brightness": 0.0, "noise": 0.0,
+    },
+    "flips": {"horizontal_flip": 0.5, "z_flip": 0.5},
+    "light": {
+        "horizontal_flip": 0.5, "z_flip": 0.5, "rotation_deg": 5.0, "zoom": (0.9, 1.1), "contrast": (0.95, 1.05),
+        "brightness": 0.02,
+    },
+    "strong": {
+        "horizontal_flip": 0.5, "z_flip": 0.5, "rotation_deg": 15.0, "zoom": (0.75, 1.33), "contrast": (0.85, 1.15),
+        "brightness": 0.05, "noise": 0.01,
+    },
+}  # fmt: skip
+"""``flips`` is the authors'. Nodules and organs that turn into each other under a mirror or a rotation stay what they
+are; a detector of them is to know them so.
+"""
+
+
 class AugmentConfig(Config):
     """Random changes of a training clip; all zero switches them off."""
 
+    preset: Literal["none", "flips", "light", "strong"] | None = None
+    """Sets flips, rotation_deg, zoom, contrast, brightness and noise at once, those that stand at their defaults; what
+    it set is what the configuration then holds.
+    """
     horizontal_flip: Fraction = 0.5
     """Probability of mirroring left and right."""
     z_flip: Fraction = 0.5
     """Probability of reversing the slice order."""
+    rotation_deg: Annotated[float, Field(ge=0, le=180)] = 0.0
+    """Largest rotation in the plane, either way; boxes follow as those of the ellipses that fill them."""
+    zoom: tuple[PositiveFloat, PositiveFloat] = (1.0, 1.0)
+    """Bounds of a random magnification in the plane, at a random place. Every box stays in the picture, whole."""
+    contrast: tuple[PositiveFloat, PositiveFloat] = (1.0, 1.0)
+    """Bounds of a random factor on all values, about the middle of ``clip.window_hu`` (of 0..255 in pictures)."""
+    brightness: Fraction = 0.0
+    """Largest shift of all values, as a share of the window."""
+    noise: Fraction = 0.0
+    """Standard deviation of noise added to every pixel, as a share of the window."""
     image_sizes: tuple[PositiveInt, ...] = (448, 512, 576)
     """Pixels of the longer side, one drawn for each batch; empty: always ``clip.image_size``."""
     shuffle_planes: bool = False
     """Colour pictures: a fresh random order of the three planes for every picture (VDT, ``RandomChannelShuffle``)."""
     crop_scale: tuple[Fraction, Fraction] | None = None
-    """Colour pictures: area of the random resized crop as a share of the picture; None: no crop."""
+    """Colour pictures: area of the random resized crop as a share of the picture; None: no crop. Boxes are cut with it,
+    and left out where less than 0.3 of one remains.
+    """
     shift_px: tuple[NonNegativeInt, NonNegativeInt] = (0, 0)
     """Blocks: how far the centre is moved at most, along z and in the plane, in voxels of the block."""
-    zoom: tuple[PositiveFloat, PositiveFloat] = (1.0, 1.0)
-    """Blocks: bounds of a random magnification in the plane."""
     quarter_turns: bool = False
     """Blocks of equal sides: a random quarter turn, none to three, around each axis."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _set(cls, given: Any) -> Any:
+        if not isinstance(given, dict) or given.get("preset") not in PRESETS:
+            return given
+        values = {name: value for name, value in given.items() if name != "preset"}
+        for name, value in PRESETS[given["preset"]].items():
+            default = cls.model_fields[name].default
+            stands = values.get(name, default)
+            if (tuple(stands) if isinstance(stands, list) else stands) == default:
+                values[name] = value
+        return values
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        for name in ("zoom", "contrast"):
+            low, high = getattr(self, name)
+            if low > high:
+                raise ValueError(f"{name} is {(low, high)}; the lower bound comes first")
+        return self

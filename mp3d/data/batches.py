@@ -1,14 +1,8 @@
-"""Shards to batches of clips, by plain pyarrow.
+"""Shards to batches of clips, by plain pyarrow."""
 
-Which sample stands at which place of a run is a pure function of the seed: training reads an endless stream of
-shuffled passes over the split, cut into global batches and dealt to the ranks. So every rank has the same number of
-steps whatever the shards look like, and a resumed run goes on with the very next sample without any stored state.
-"""
-
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
-from itertools import chain
+from itertools import chain, islice
 
 import numpy as np
 import torch
@@ -16,16 +10,14 @@ from jaxtyping import Float
 from torch.utils.data import DataLoader, Dataset
 
 from mp3d.config import AugmentConfig, ClipConfig
-from mp3d.data.augment import augment, middle_square
-from mp3d.data.blocks import Placement, draw_placement, read_block, turned
+from mp3d.data.augment import augment, augment_block, middle_square
+from mp3d.data.blocks import Placement, draw_placement, read_block
 from mp3d.data.clips import MOSTLY_SLICE, resample_z, stored_slices, window_positions
 from mp3d.data.samples import Sample
 from mp3d.data.shard import Row, SeriesEntry, ShardSet, decode_image, decode_truth
+from mp3d.data.stream import Place, Stream
 from mp3d.errors import DataError
 from mp3d.sample import Clip, Target
-
-PICTURE_GROUPS_MIXED = 8
-"""Row groups of pictures that are shuffled together: random order, and each group is read about once a pass."""
 
 
 @dataclass(frozen=True)
@@ -50,14 +42,6 @@ class Batch:
     clips: list[Clip]
     targets: list[Target]
     infos: list[SliceInfo]
-
-
-@dataclass(frozen=True)
-class Place:
-    """A place in the training stream: which sample, and the number that seeds its augmentation."""
-
-    sample: int
-    position: int
 
 
 class ClipDataset(Dataset):
@@ -99,21 +83,24 @@ class ClipDataset(Dataset):
         key_place = self.clip.num_slices // 2 + int(rng.integers(self.clip.num_key_slices))
         clip, targets, info = read_clip(self.shards, sample, self.clip, key_place)
         square = self.clip.image_size if self.clip.square_pictures else None
-        clip, targets = augment(clip, targets, self.augmentation, rng, square)
+        clip, targets = augment(clip, targets, self.augmentation, rng, window=self.clip.window_hu, square=square)
+        draws = [place.position * self.clip.num_key_slices + number for number in range(len(targets))]
+        for target, draw in zip(targets, draws, strict=True):
+            target["draw"] = torch.tensor(draw)
         return clip, targets, [info]
 
     def _block(self, sample: Sample, rng: np.random.Generator | None) -> tuple[Clip, list[Target], list[SliceInfo]]:
         middle = (sample.entry.num_rows - 1) / 2 if self.clip.block == "centre" else sample.row
         placement = Placement() if self.augmentation is None or rng is None else draw_placement(self.augmentation, rng)
         block = read_block(self.shards, sample.entry, sample.centre or (middle, None, None), self.clip, placement)
-        hu, masks = block.hu, block.masks
+        hu, masks = torch.from_numpy(block.hu), torch.from_numpy(block.masks)
         if self.augmentation is not None and rng is not None:
-            hu, masks = turned(hu, masks, self.augmentation, rng)
+            hu, masks = augment_block(block.hu, block.masks, self.augmentation, rng, self.clip.window_hu)
         info = _info(block.middle, sample.entry)
         if self.every_slice:
-            targets = [Target(mask=torch.from_numpy(mask)) for mask in masks]
-            return Clip(torch.from_numpy(hu), tuple(range(len(hu)))), targets, [info] * len(hu)
-        return Clip(torch.from_numpy(hu), (len(hu) // 2,)), [_target(block.middle)], [info]
+            targets = [Target(mask=mask) for mask in masks]
+            return Clip(hu, tuple(range(len(hu)))), targets, [info] * len(hu)
+        return Clip(hu, (len(hu) // 2,)), [_target(block.middle)], [info]
 
 
 def read_clip(
@@ -158,14 +145,30 @@ def _key_rows(entry: SeriesEntry, positions: Float[np.ndarray, "d"], clip: ClipC
 
 
 def training_loader(
-    dataset: ClipDataset, stream: "Stream", *, batch_size: int, steps: range, rank: int, world_size: int, workers: int
+    dataset: ClipDataset,
+    stream: Stream,
+    *,
+    batch_size: int,
+    accumulate: int = 1,
+    steps: range,
+    rank: int,
+    world_size: int,
+    workers: int,
 ) -> DataLoader:
-    """Batches of one rank for a range of global steps."""
-    places = [
-        [stream.place(step * batch_size * world_size + rank * batch_size + i) for i in range(batch_size)]
-        for step in steps
-    ]
+    """Batches of one rank for a range of global steps, ``accumulate`` for each.
+
+    The clips of a global step are the same however they are dealt to batches and ranks.
+    """
+    parts = range(steps.start * accumulate, steps.stop * accumulate)
+    places = [[stream.place((part * world_size + rank) * batch_size + i) for i in range(batch_size)] for part in parts]
     return DataLoader(dataset, batch_sampler=places, collate_fn=collate, num_workers=workers, persistent_workers=False)
+
+
+def batched(batches: Iterable[Batch], number: int) -> Iterator[list[Batch]]:
+    """``number`` at a time."""
+    remaining = iter(batches)
+    while some := list(islice(remaining, number)):
+        yield some
 
 
 def evaluation_batches(
@@ -180,46 +183,6 @@ def evaluation_batches(
 def collate(parts: list[tuple[Clip, list[Target], list[SliceInfo]]]) -> Batch:
     clips, targets, infos = zip(*parts, strict=True)
     return Batch(list(clips), list(chain.from_iterable(targets)), list(chain.from_iterable(infos)))
-
-
-class Stream:
-    """An endless stream of shuffled passes over the samples; ``place(i)`` is a pure function of the seed.
-
-    A pass holds every positive once and, drawn anew each time, ``negatives`` times as many of the spare ones.
-    """
-
-    def __init__(self, positives: list[Sample], spare: list[Sample], *, negatives: float, seed: int) -> None:
-        self.samples = positives + spare
-        self.num_positives = len(positives)
-        self.num_spare = min(len(spare), round(negatives * len(positives)))
-        self.seed = seed
-        self._pass = lru_cache(maxsize=2)(self._shuffled_pass)
-
-    def __len__(self) -> int:
-        """Samples in one pass."""
-        return self.num_positives + self.num_spare
-
-    def place(self, position: int) -> Place:
-        number, offset = divmod(position, len(self))
-        return Place(int(self._pass(number)[offset]), position)
-
-    def _shuffled_pass(self, number: int) -> np.ndarray:
-        rng = np.random.default_rng([self.seed, number])
-        spare = rng.permutation(len(self.samples) - self.num_positives)[: self.num_spare] + self.num_positives
-        chosen = np.concatenate([np.arange(self.num_positives), spare])
-        if self.samples[0].entry.spacing_mm is not None:
-            return rng.permutation(chosen)
-        return np.concatenate(list(_locally_shuffled({index: self.samples[index] for index in chosen.tolist()}, rng)))
-
-
-def _locally_shuffled(samples: dict[int, Sample], rng: np.random.Generator) -> Iterator[np.ndarray]:
-    """Pictures: row groups in random order, a few of them mixed at a time, so that none is read over and over."""
-    groups: dict[tuple[str, int], list[int]] = {}
-    for index, sample in samples.items():
-        groups.setdefault((sample.entry.series, sample.row // sample.entry.rows_per_group), []).append(index)
-    order = [list(groups.values())[i] for i in rng.permutation(len(groups))]
-    for start in range(0, len(order), PICTURE_GROUPS_MIXED):
-        yield rng.permutation(np.concatenate(order[start : start + PICTURE_GROUPS_MIXED]))
 
 
 def _info(row: Row, entry: SeriesEntry) -> SliceInfo:

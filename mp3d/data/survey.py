@@ -103,6 +103,18 @@ def read_boxes(shards: ShardSet, split: str) -> SplitBoxes:
     return _stacked(parts)
 
 
+def read_image_labels(shards: ShardSet, split: str) -> dict[str, list[int | None]]:
+    """By series (or batch of pictures) the class of each row.
+
+    Raises:
+        DataError: no such split; or a file is not there, or not as it was written.
+    """
+    return {
+        entry.series: read_columns(shards, entry, ("image_label",))["image_label"].to_pylist()
+        for entry in shards.split(split)
+    }
+
+
 def _survey_split(shards: ShardSet, split: str) -> SplitSurvey:
     patients, studies, series = set[str](), set[str](), set[str]()
     image_labels, image_sizes = Counter[int](), Counter[tuple[int, int]]()

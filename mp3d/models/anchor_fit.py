@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Float, Shaped
 
 from mp3d.config import DetectionHead
-from mp3d.recipes import HALF_OCTAVE_SIZES_PX
+from mp3d.recipes.lesions import HALF_OCTAVE_SIZES_PX
 
 STRIDES = (4, 8, 16, 32, 64)
 """Pixels between the cells of P2..P6."""

@@ -4,11 +4,14 @@ Four parts as in torchvision's ``GeneralizedRCNN``: transform, backbone, rpn, ro
 the batch is the key slices and everything is torchvision's 2D detector.
 
 The rules of training and their numbers are the authors' (:mod:`mp3d.models.faster_rcnn`); each is a field of
-:class:`mp3d.config.DetectionHead`.
+:class:`mp3d.config.DetectionHead`. One is not theirs: a loss is the mean over key slices of a sum over as many samples
+as the config asks for; with fewer candidates than that (theirs: the mean over the samples of the batch) a slice weighs
+less.
 """
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from typing import cast
 
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -17,6 +20,7 @@ from torchvision.models.detection.image_list import ImageList
 from mp3d.config import ClipConfig, DetectionHead, ModelConfig
 from mp3d.models.backbone import build_neck
 from mp3d.models.faster_rcnn import LesionRoIHeads, LesionRPN
+from mp3d.models.key_slice_sampler import KeySliceSampler
 from mp3d.models.transform import ClipBatch, ClipTransform
 from mp3d.sample import Clip, Prediction, Target
 
@@ -67,10 +71,18 @@ class LesionDetector(nn.Module):
     ) -> dict[str, Tensor] | list[Prediction]:
         """The two-dimensional part, on the feature pyramids of the key slices of a batch."""
         images = ImageList(batch.tensors[:, 0], batch.per_key_slice(batch.image_sizes))
+        parts: tuple[RegionProposalNetwork, RoIHeads] = (self.rpn, self.roi_heads)
+        samplers = [cast(KeySliceSampler, part.fg_bg_sampler) for part in parts]
+        for sampler in samplers:
+            sampler.draws = _draws(targets)
         proposals, rpn_losses = self.rpn(images, features, targets)
         predictions, roi_losses = self.roi_heads(features, proposals, images.image_sizes, targets)
         if self.training:
-            return {**rpn_losses, **roi_losses}
+            return {
+                name: loss * sampler.filled
+                for losses, sampler in zip((rpn_losses, roi_losses), samplers, strict=True)
+                for name, loss in losses.items()
+            }
         return self.transform.postprocess(predictions, batch)
 
     def _check(self, clips: Sequence[Clip], targets: Sequence[Target]) -> None:
@@ -92,3 +104,10 @@ class LesionDetector(nn.Module):
                 )
             if not bool(((labels >= 1) & (labels <= self.num_classes)).all()):
                 raise ValueError(f"target {index} has the labels {labels.tolist()}; lesions are 1..{self.num_classes}")
+
+
+def _draws(targets: Sequence[Target] | None) -> list[int] | None:
+    """The number of each key slice, where all have one."""
+    if not targets or any("draw" not in target for target in targets):
+        return None
+    return [int(target["draw"]) for target in targets]

@@ -28,6 +28,7 @@ from torchvision.ops.poolers import LevelMapper
 from mp3d.config import DetectionHead
 from mp3d.models.anchors import build_anchor_generator
 from mp3d.models.folded import PIXEL_BATCH, conv_pixels
+from mp3d.models.key_slice_sampler import KeySliceSampler
 from mp3d.models.roi_align import ROI_SIZE, ROI_STRIDES, bag_roi_align
 
 Boxes = Float[Tensor, "b 4"]
@@ -86,6 +87,7 @@ class LesionRPN(RegionProposalNetwork):
         self.proposal_matcher = MaxIoUMatcher(head.rpn_positive_iou, head.rpn_negative_iou, head.rpn_min_positive_iou)
         self.box_coder = BoxCoder(weights=_coder_weights(head.rpn_stds))
         self.border_px, self.beta = head.rpn_border_px, head.rpn_beta
+        self.fg_bg_sampler = KeySliceSampler(head.rpn_samples, head.rpn_positive_fraction, stream=0)
 
     def forward(
         self, images: ImageList, features: dict[str, Tensor], targets: Sequence[Mapping[str, Any]] | None = None
@@ -216,6 +218,7 @@ class LesionRoIHeads(RoIHeads):
             detections_per_img=head.max_detections,
         )
         self.beta = head.box_beta
+        self.fg_bg_sampler = KeySliceSampler(head.box_samples, head.box_positive_fraction, stream=1)
 
     def forward(
         self,

@@ -71,7 +71,7 @@ def _bins(
     counts: Int64[Tensor, " r"],
     most: int,
 ) -> tuple[Int64[Tensor, "r 7 _"], Float[Tensor, "r 7 _"]]:
-    """Along one axis, the cells that each bin of a box mixes, and with which shares: ``counts`` samples, at most ``most``.
+    """Along one axis, the cells that each bin of a box mixes, and with which shares: up to ``most`` samples.
 
     As in torchvision's kernel: a sample up to a cell outside the map counts as on its border, and one further out as
     zero.

@@ -22,7 +22,7 @@ def mask_losses(
     head: SegmentationHead,
     keys_per_clip: Sequence[int],
 ) -> dict[str, Tensor]:
-    """``loss_cross_entropy`` and ``loss_dice``, weighted; 0 where no pixel is known.
+    """``loss_cross_entropy`` and ``loss_dice``, weighted; a clip of which no pixel is known adds 0.
 
     Args:
         logits: float32, one map per key slice in clip order, the background first.
@@ -34,9 +34,11 @@ def mask_losses(
     weights = (head.cross_entropy_weight, head.dice_weight)
     if head.loss == "lidc_authors":
         weights = AUTHORS_LIDC_WEIGHTS
-        cross_entropy = -_mean(F.log_softmax(logits, dim=-1) * truth, known.unsqueeze(1).expand_as(truth))
+        cross_entropy = -_mean(
+            F.log_softmax(logits, dim=-1) * truth, known.unsqueeze(1).expand_as(truth), keys_per_clip
+        )
     else:
-        cross_entropy = _mean(-(F.log_softmax(logits, dim=1) * truth).sum(1), known)
+        cross_entropy = _mean(-(F.log_softmax(logits, dim=1) * truth).sum(1), known, keys_per_clip)
     dice = 1 - soft_dice(logits.softmax(1), truth, known, head, keys_per_clip)
     return {"loss_cross_entropy": weights[0] * cross_entropy, "loss_dice": weights[1] * dice}
 
@@ -63,5 +65,11 @@ def soft_dice(
     return ((2 * intersection + head.dice_smooth) / (both + head.dice_smooth)).mean()
 
 
-def _mean(values: Float[Tensor, "*s"], counted: Bool[Tensor, "*s"]) -> Float[Tensor, ""]:
-    return (values * counted).sum() / counted.sum().clamp(min=1)
+def _mean(
+    values: Float[Tensor, "k *s"], counted: Bool[Tensor, "k *s"], keys_per_clip: Sequence[int]
+) -> Float[Tensor, ""]:
+    """Mean over the key slices of their clip's mean: a clip weighs the same whatever lies beside it."""
+    keys = list(keys_per_clip)
+    sums, counts = ((part * counted).flatten(1).sum(1).split(keys) for part in (values, counted))
+    means = [total.sum() / count.sum().clamp(min=1) for total, count in zip(sums, counts, strict=True)]
+    return (torch.stack(means) * values.new_tensor(keys)).sum() / sum(keys)

@@ -4,7 +4,7 @@ The network answers for every slice that it reads; of a block of a volume all ar
 middle one stands for the three planes.
 
 Differs from the authors' code: features are brought to the size of the skip connection, not doubled, so that any size
-will do; batch norm is not synchronised between workers.
+will do.
 """
 
 from collections.abc import Sequence
