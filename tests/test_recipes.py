@@ -142,7 +142,9 @@ def test_the_z_pooling_recipe_is_the_published_one():
     config = recipe_named("deeplesion_p3d63_paper")
     assert (config.model.backbone, config.model.keeps_z, config.clip.num_slices) == ("p3d63", False, 9)
     assert config.augment.image_sizes == (384, 448, 512, 576, 640)
+    version_1 = {"rpn_post_nms": (2000, 1000), "roi_samples": 2, "roi_aligned": False}
     other = {"name": "deeplesion_p3d18ba_paper", "model.backbone": "p3d18ba"}
+    other |= {f"model.head.{name}": value for name, value in version_1.items()}
     assert config.override(other) == recipe_named("deeplesion_p3d18ba_paper")
 
 

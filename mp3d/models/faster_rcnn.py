@@ -108,8 +108,8 @@ class LesionRPN(RegionProposalNetwork):
         )
         labels, boxes = [], []
         for each, kept, inside_labels, inside_boxes in zip(anchors, inside, *of_inside, strict=True):
-            labels.append(each.new_full((len(each),), -1).masked_scatter(kept, inside_labels))
-            boxes.append(each.masked_scatter(kept[:, None], inside_boxes))
+            labels.append(inside_labels.new_full((len(each),), -1).masked_scatter(kept, inside_labels))
+            boxes.append(inside_boxes.new_zeros(each.shape).masked_scatter(kept[:, None], inside_boxes))
         return labels, boxes
 
     def _inside(self, anchors: Boxes, image_size: tuple[int, int]) -> Bool[Tensor, " a"]:
