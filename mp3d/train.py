@@ -9,10 +9,8 @@ the end of an epoch goes on exactly as one that was not.
 
 import json
 import math
-import time
 from collections.abc import Iterable
 from dataclasses import dataclass
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -25,13 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mp3d.checkpoint import Checkpoint, open_checkpoint, pack_optimizer, save_checkpoint, unpack_optimizer
 from mp3d.config import TrainConfig
-from mp3d.data.batches import (
-    Batch,
-    ClipDataset,
-    Stream,
-    evaluation_batches,
-    training_loader,
-)
+from mp3d.data.batches import Batch, ClipDataset, Stream, evaluation_batches, training_loader
 from mp3d.data.samples import Sample, annotated_samples, classified_samples, masked_samples, tile_samples
 from mp3d.data.shard import ShardSet, cached, open_shards
 from mp3d.device import autocast, resolve_precision
@@ -40,12 +32,12 @@ from mp3d.evaluation import predict_clips
 from mp3d.metrics import build_metric
 from mp3d.models import build_model
 from mp3d.models.transfer import initialise_backbone
+from mp3d.progress import Progress
 from mp3d.sample import Clip, Target
-from mp3d.schedule import build_optimizer, learning_rate
+from mp3d.schedule import build_optimizer, learning_rate, steps_in_epoch
 from mp3d.session import Session
+from mp3d.snapshots import take_snapshots
 from mp3d.tracking import track
-
-PROGRESS_INTERVAL_S = 5.0
 
 
 class TrainingDiverged(Mp3dError):
@@ -95,8 +87,7 @@ def train(config: TrainConfig, session: Session) -> dict[str, float]:
     dataset = ClipDataset(shards, stream.samples, config.clip, config.augment, config.loop.seed, every_slice=masks)
     validation = ClipDataset(shards, validation_samples(config, shards), config.clip, every_slice=masks)
 
-    global_batch = config.loop.batch_size * session.world_size
-    run = start(config, session, config.loop.steps_per_epoch or max(1, len(stream) // global_batch))
+    run = start(config, session, steps_in_epoch(config.loop, len(stream), session.world_size))
     checkpoint = session.resume()
     if checkpoint:
         restore(run, checkpoint)
@@ -111,22 +102,32 @@ def train(config: TrainConfig, session: Session) -> dict[str, float]:
     with track(config, session.run_dir, session.rank) as tracker:
         for epoch in range((checkpoint.epoch if checkpoint else 0) + 1, config.loop.epochs + 1):
             steps = range((epoch - 1) * run.steps_per_epoch, epoch * run.steps_per_epoch)
-            batches = training_loader(
-                dataset, stream, batch_size=config.loop.batch_size, steps=steps, rank=session.rank,
-                world_size=session.world_size, workers=config.launch.loader_workers,
-            )  # fmt: skip
-            metrics = train_epoch(run, epoch, steps, batches)
+            progress = Progress(session, config.loop, epoch, run.steps_per_epoch)
+            metrics = train_epoch(run, epoch, steps, training_batches(run, dataset, stream, steps), progress)
             found, score_name = validate(run, validation)
             metrics |= found
             tracker(metrics, step=steps.stop)
-            shown = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
-            _say(session, f"epoch {epoch}/{config.loop.epochs}  {shown}")
+            if tracker.pictures:
+                taken = take_snapshots(run.bare_model, validation, tracker.pictures, session.device, run.dtype)
+                tracker.show(taken, step=steps.stop)
+            progress.end(metrics)
             session.report(epoch, metrics[score_name], metrics, partial(save, run, epoch, metrics, score_name))
     return metrics
 
 
-def check_inputs(config: TrainConfig) -> None:
-    """Find out within seconds, before anything is started, whether the run can read what it needs.
+def training_batches(run: Run, dataset: ClipDataset, stream: Stream, steps: range) -> Iterable[Batch]:
+    """The batches of this rank; the same whoever reads them."""
+    loop, session = run.config.loop, run.session
+    share = {"batch_size": loop.batch_size, "steps": steps, "rank": session.rank, "world_size": session.world_size}
+    if run.config.launch.ingest == "ray_data":
+        from mp3d.data.ray_batches import ray_batches
+
+        return ray_batches(dataset, stream, **share)
+    return training_loader(dataset, stream, **share, workers=run.config.launch.loader_workers)
+
+
+def check_inputs(config: TrainConfig) -> ShardSet:
+    """Find out within seconds, before anything is started, whether the run can read what it needs; returns the shards.
 
     Raises:
         DataError: the shards, their splits or their truth are not what the head learns from.
@@ -143,6 +144,7 @@ def check_inputs(config: TrainConfig) -> None:
         )
     if config.init_from:
         open_checkpoint(config.init_from)
+    return shards
 
 
 def training_samples(config: TrainConfig, shards: ShardSet) -> tuple[list[Sample], list[Sample]]:
@@ -179,24 +181,27 @@ def start(config: TrainConfig, session: Session, steps_per_epoch: int) -> Run:
     dtype = resolve_precision(config.loop.precision, session.device)
     scaler = torch.amp.GradScaler(session.device.type, enabled=dtype == torch.float16)
     optimizer = build_optimizer(model.parameters(), config.optim)
-    if session.world_size > 1:
-        model = DistributedDataParallel(model)
     return Run(config, session, model, optimizer, scaler, dtype, steps_per_epoch)
 
 
-def train_epoch(run: Run, epoch: int, steps: range, batches: Iterable[Batch]) -> dict[str, float]:
+def train_epoch(
+    run: Run, epoch: int, steps: range, batches: Iterable[Batch], progress: Progress
+) -> dict[str, float]:
     """One epoch of steps; returns the mean of every loss and the last learning rate."""
     loop, optim = run.config.loop, run.config.optim
     # the generators that models and losses draw from depend on nothing but the place in the run
     torch.manual_seed(int(np.random.SeedSequence([loop.seed, epoch, run.session.rank]).generate_state(1)[0]))
+    run.model = run.bare_model
+    if run.session.world_size > 1:
+        # A wrapper sorts its buckets anew after its first step, and gradients are summed in the order of the buckets:
+        # one for each epoch, so that a resumed run sums as one that was not killed does.
+        run.model = DistributedDataParallel(run.model)
     run.model.train()
     sums: dict[str, Tensor] = {}
     rate = 0.0
-    progress = Progress(
-        run.session.rank, f"epoch {epoch}/{loop.epochs}", len(steps), loop.batch_size * run.session.world_size
-    )
+    share = run.session.world_size / loop.num_workers  # below 1 where an elastic run has lost workers
     for step, batch in zip(steps, batches, strict=True):
-        rate = learning_rate(step, optim, steps_per_epoch=run.steps_per_epoch, epochs=loop.epochs)
+        rate = share * learning_rate(step, optim, steps_per_epoch=run.steps_per_epoch, epochs=loop.epochs)
         losses = train_step(run, batch, step, rate)
         for name, value in losses.items():
             sums[name] = sums.get(name, torch.zeros((), device=value.device)) + value
@@ -265,30 +270,6 @@ def restore(run: Run, checkpoint: Checkpoint) -> None:
     trainer = checkpoint.trainer_state()
     unpack_optimizer(run.optimizer, trainer)
     run.scaler.load_state_dict(trainer.values["scaler"])
-
-
-class Progress:
-    """A line every few seconds on rank 0: step, clips per second, time left, losses."""
-
-    def __init__(self, rank: int, title: str, num_steps: int, clips_per_step: int) -> None:
-        self.silent, self.title, self.num_steps, self.clips_per_step = rank != 0, title, num_steps, clips_per_step
-        self.done, self.started = 0, time.monotonic()
-        self.shown = self.started
-
-    def step(self, losses: dict[str, Tensor], rate: float) -> None:
-        self.done += 1
-        now = time.monotonic()
-        if self.silent or now - self.shown < PROGRESS_INTERVAL_S:
-            return
-        self.shown = now
-        per_step = (now - self.started) / self.done
-        left = timedelta(seconds=round(per_step * (self.num_steps - self.done)))
-        shown = "  ".join(f"{name} {value.item():.3f}" for name, value in losses.items())
-        print(
-            f"{self.title}  step {self.done}/{self.num_steps}  {self.clips_per_step / per_step:.1f} clips/s  "
-            f"ETA {left}  lr {rate:.2g}  {shown}",
-            flush=True,
-        )
 
 
 def _moved(target: Target, device: torch.device) -> Target:
