@@ -2,7 +2,6 @@
 can.
 """
 
-import json
 import logging
 import os
 import secrets
@@ -233,15 +232,19 @@ def _train_on_ray(config: TrainConfig, run_dir: Path, worker: dict[str, float]) 
             ),
         ),
     )
+    failure = None
     try:
         trainer.fit()
     except TrainingFailedError as error:
-        raise _explained(error, run_dir) or error from error
-    finally:
-        if stopped.exists():
-            content = stopped.read_text()
-            stopped.unlink()
-            raise from_json(content)
+        failure = error
+    if stopped.exists():
+        content = stopped.read_text()
+        stopped.unlink()
+        raise from_json(content) from failure
+    if failure is not None:
+        if explained := _explained(failure, run_dir):
+            raise explained from failure
+        raise failure
 
 
 def _train_in_worker(payload: dict[str, Any]) -> None:
@@ -255,7 +258,8 @@ def _train_in_worker(payload: dict[str, Any]) -> None:
     from mp3d.train import train
 
     logging.getLogger("ray.train").setLevel(logging.WARNING)  # it would repeat every report
-    config, run_dir, stopped = TrainConfig.model_validate(payload["config"]), Path(payload["run_dir"]), Path(payload["stopped"])
+    config = TrainConfig.model_validate(payload["config"])
+    run_dir, stopped = Path(payload["run_dir"]), Path(payload["stopped"])
     if stopped.exists():
         return
     torch.set_num_threads(max(1, int(config.launch.cpus_per_worker)))
@@ -279,14 +283,16 @@ def _explained(error: Exception, run_dir: Path) -> Mp3dError | None:
         if isinstance(cause, Mp3dError):
             return cause
         if is_disk_full(cause):
-            return ResourceError(f"{run_dir} is full ({cause}); make room; the same command goes on from the last epoch")
+            return ResourceError(
+                f"{run_dir} is full ({cause}); make room; the same command goes on from the last epoch"
+            )
     if isinstance(error, ControllerError):
         return ResourceError(f"the workers could not be started ({causes[-1]}); the same command tries again")
     if isinstance(error, WorkerGroupError) and all(isinstance(it, RayError) for it in error.worker_failures.values()):
         lost = ", ".join(str(rank) for rank in sorted(error.worker_failures))
         return TrainingStopped(
-            f"worker {lost} was lost, and launch.max_failures is used up; look for its end (out of memory?) in the logs "
-            "of its node; the same command goes on from the last whole epoch"
+            f"worker {lost} was lost, and launch.max_failures is used up; look for its end (out of memory?) in the "
+            "logs of its node; the same command goes on from the last whole epoch"
         )
     return None
 

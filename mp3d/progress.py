@@ -1,7 +1,7 @@
 """What a terminal shows of a run: within an epoch only where somebody watches, and one line when it ends.
 
-    epoch 3/24  step 120/834  35.1 clips/s  ETA 1:04:12  lr 0.02  loss_classifier 0.213  ...  GPU 11.2 GiB
-    epoch 3/24  834 steps  35.3 clips/s  loss_classifier 0.201  ...  froc_mean 0.41  GPU 11.3 GiB
+epoch 3/24  step 120/834  35.1 clips/s  ETA 1:04:12  lr 0.02  loss_classifier 0.213  ...  GPU 11.2 GiB
+epoch 3/24  834 steps  35.3 clips/s  loss_classifier 0.201  ...  froc_mean 0.41  GPU 11.3 GiB
 """
 
 import time

@@ -99,8 +99,8 @@ def held(run_dir: Path, wait_s: float = LOCK_PATIENCE_S) -> Iterator[None]:
             if time.monotonic() >= deadline:
                 file.seek(0)
                 raise ConfigError(
-                    f"{run_dir} is being trained by another process ({file.read() or 'unknown'}); wait for it, stop it, "
-                    "or give this run another --name"
+                    f"{run_dir} is being trained by another process ({file.read() or 'unknown'}); wait for it, stop "
+                    "it, or give this run another --name"
                 )
             time.sleep(0.2)
         try:

@@ -86,4 +86,6 @@ def _outline(mask: np.ndarray) -> np.ndarray:
 def _frame(image: Image.Image, boxes: Iterable[list[float]], colour: tuple[int, int, int], scale: int) -> None:
     pen = ImageDraw.Draw(image)
     for x1, y1, x2, y2 in boxes:
-        pen.rectangle([x1 * scale, y1 * scale, x2 * scale - 1, y2 * scale - 1], outline=colour, width=max(1, scale // 2))
+        pen.rectangle(
+            [x1 * scale, y1 * scale, x2 * scale - 1, y2 * scale - 1], outline=colour, width=max(1, scale // 2)
+        )

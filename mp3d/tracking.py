@@ -12,6 +12,7 @@ import logging
 import math
 import os
 import re
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,8 +26,8 @@ from mp3d.data.shard import write_aside
 if TYPE_CHECKING:
     import numpy as np
 
-INIT_TIMEOUT_S, FINISH_TIMEOUT_S = 5, 5
-"""How long W&B may look for its server, and how long it may send what is left at the end."""
+INIT_TIMEOUT_S, ASK_TIMEOUT_S, FINISH_TIMEOUT_S = 5, 3, 5
+"""How long W&B may look for its server, wait for an answer, and send what is left at the end."""
 CONFIG_FIELDS = ("clip", "augment", "model", "optim", "loop")
 """Of the configuration: numbers and choices. Paths stay here, for a folder's name may hold a patient's."""
 METRIC_NAME = re.compile(r"[A-Za-z][\w@./-]{0,80}")
@@ -35,9 +36,15 @@ log = logging.getLogger(__name__)
 
 
 class Picture(Protocol):
-    image: "np.ndarray"
-    """``(h, w, 3)`` uint8."""
-    caption: str
+    """A picture and a line below it."""
+
+    @property
+    def image(self) -> "np.ndarray":
+        """``(h, w, 3)`` uint8."""
+        ...
+
+    @property
+    def caption(self) -> str: ...
 
 
 class Tracker:
@@ -67,7 +74,7 @@ class Tracker:
 
     def end(self, config: TrainConfig, run_dir: Path) -> None:
         if self._run is not None:
-            _guarded(_refer_to_checkpoint, self._run, config, run_dir)
+            _bounded(_refer_to_checkpoint, self._run, config, run_dir)
             _guarded(self._run.finish)
 
 
@@ -118,6 +125,7 @@ def run_id(run_dir: Path) -> str:
 
 def _start(config: TrainConfig, run_dir: Path, mode: Mode) -> Any:
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # its own crash reports would name this machine
+    os.environ.setdefault("WANDB_SILENT", "true")  # what it says before it has read its settings
     wandb: Any = None
     try:
         import wandb
@@ -130,6 +138,7 @@ def _start(config: TrainConfig, run_dir: Path, mode: Mode) -> Any:
             silent=True,
             host="-",
             username="-",
+            program="-",
             init_timeout=INIT_TIMEOUT_S,
             finish_timeout=FINISH_TIMEOUT_S,
             x_disable_meta=True,
@@ -170,8 +179,19 @@ def _refer_to_checkpoint(run: Any, config: TrainConfig, run_dir: Path) -> None:
         type="model",
         metadata={"digest": best.digest, "epoch": best.epoch, "score": best.score},
     )
-    artifact.add_reference(f"mp3d://{config.name}/{best.path.name}?sha256={best.digest}", name=best.path.name)
+    artifact.add_reference(
+        f"mp3d://{config.name}/{best.path.name}?sha256={best.digest}", name=best.path.name, checksum=False
+    )
     run.log_artifact(artifact, aliases=["best"])
+
+
+def _bounded(call: Any, *args: Any) -> None:
+    """For what asks the server and would wait for it: given up after some seconds."""
+    thread = threading.Thread(target=_guarded, args=(call, *args), daemon=True)
+    thread.start()
+    thread.join(ASK_TIMEOUT_S)
+    if thread.is_alive():
+        log.warning("W&B: no answer in %s s", ASK_TIMEOUT_S)
 
 
 def _guarded(call: Any, *args: Any, **kwargs: Any) -> None:

@@ -184,9 +184,7 @@ def start(config: TrainConfig, session: Session, steps_per_epoch: int) -> Run:
     return Run(config, session, model, optimizer, scaler, dtype, steps_per_epoch)
 
 
-def train_epoch(
-    run: Run, epoch: int, steps: range, batches: Iterable[Batch], progress: Progress
-) -> dict[str, float]:
+def train_epoch(run: Run, epoch: int, steps: range, batches: Iterable[Batch], progress: Progress) -> dict[str, float]:
     """One epoch of steps; returns the mean of every loss and the last learning rate."""
     loop, optim = run.config.loop, run.config.optim
     # the generators that models and losses draw from depend on nothing but the place in the run

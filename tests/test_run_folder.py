@@ -113,7 +113,9 @@ def test_a_checkpoint_of_another_epoch_is_refused_by_name_and_set_aside(tmp_path
     first, second = commit(tmp_path, 1), commit(tmp_path, 2)
     shutil.rmtree(second)
     shutil.copytree(first, second)
-    with pytest.warns(UserWarning, match=rf"set aside as damaged_epoch_0002: {second} holds .* epoch 1: it was swapped"):
+    with pytest.warns(
+        UserWarning, match=rf"set aside as damaged_epoch_0002: {second} holds .* epoch 1: it was swapped"
+    ):
         found = resume_point(tmp_path)
     assert found is not None
     assert found.path == first
@@ -180,9 +182,9 @@ def test_a_run_is_trained_by_one_process_at_a_time_and_a_kill_lets_go(tmp_path: 
     process = FORK.Process(target=hold, args=(tmp_path, ready))
     process.start()
     assert ready.wait(30)
-    with pytest.raises(ConfigError, match=rf"being trained by another process \(process {process.pid} on .*another --name"):
-        with held(tmp_path, wait_s=0.1):
-            pass
+    said = rf"being trained by another process \(process {process.pid} on .*another --name"
+    with pytest.raises(ConfigError, match=said), held(tmp_path, wait_s=0.1):
+        pass
     process.kill()
     with held(tmp_path, wait_s=10):
         pass

@@ -178,7 +178,11 @@ def test_fields_that_are_sent_are_numbers_and_choices():
 
     def texts(kind: Any, path: str) -> list[str]:
         if isinstance(kind, type) and issubclass(kind, Config):
-            return [found for name, field in kind.model_fields.items() for found in texts(field.annotation, f"{path}.{name}")]
+            return [
+                found
+                for name, field in kind.model_fields.items()
+                for found in texts(field.annotation, f"{path}.{name}")
+            ]
         if get_origin(kind) is Literal:
             return []
         if kind is str:

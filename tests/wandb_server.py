@@ -1,6 +1,6 @@
 """A W&B server of the tests: as much of its protocol as the client needs, and every way to fail it.
 
-    server.mode   up | refuse (nothing listens) | silent (accepts, never answers) | error (500) | garbage (200, not JSON)
+server.mode   up | refuse (nothing listens) | silent (accepts, never answers) | error (500) | garbage (200, not JSON)
 """
 
 import json
@@ -118,5 +118,19 @@ class WandbServer:
             case "CreateRunFiles":
                 files = [{"name": file, "uploadUrl": f"{self.url}/upload/{file}"} for file in variables["files"]]
                 return {"createRunFiles": {"runID": "b", "uploadHeaders": [], "files": files}}
+            case "Viewer":
+                return {"viewer": {"id": "u", "username": "u", "entity": "team", "flags": "{}", "teams": {"edges": []}}}
+            case "":  # whether there is an artifact of that name
+                return {"project": {"artifact": None}}
+            case "CreateArtifact":
+                sequence = {"id": "s", "latestArtifact": None}
+                artifact = {"id": "a", "digest": "d", "state": "PENDING", "aliases": [], "artifactSequence": sequence}
+                return {"createArtifact": {"artifact": artifact}}
+            case "CreateArtifactManifest":
+                upload = {"uploadUrl": f"{self.url}/upload/manifest.json", "uploadHeaders": []}
+                file = {"id": "f", "name": "manifest.json", "displayName": "manifest.json", **upload}
+                return {"createArtifactManifest": {"artifactManifest": {"id": "x", "file": file}}}
+            case "CommitArtifact":
+                return {"commitArtifact": {"artifact": {"id": "a", "digest": "d"}}}
             case _:
                 return {}

@@ -1,6 +1,6 @@
 """Trains a tiny detector in a process of its own, with a W&B server that fails at a chosen moment.
 
-    python -m tests.watched_run SHARDS STORAGE MODE PICTURES [PHASE FAULT URL]
+python -m tests.watched_run SHARDS STORAGE MODE PICTURES [PHASE FAULT URL]
 """
 
 import sys

@@ -140,11 +140,12 @@ class LoopConfig(Config):
     """Evenly spread over the validation split; None: all."""
     seed: NonNegativeInt = 0
 
-
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.min_workers is not None and self.min_workers > self.num_workers:
-            raise ValueError(f"min_workers is {self.min_workers}, num_workers {self.num_workers}; the smaller comes first")
+            raise ValueError(
+                f"min_workers is {self.min_workers}, num_workers {self.num_workers}; the smaller comes first"
+            )
         return self
 
 

@@ -3,7 +3,6 @@
 import json
 import logging
 import os
-import pickle
 import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -155,15 +154,14 @@ def run_on_ray(parts: Sequence[Part]) -> Iterator[tuple[int, int]]:
     if not parts:
         return
     import ray.data
-    from ray import cloudpickle
 
     quiet_ray_data()
     context = ray.data.DataContext.get_current().copy()
     context.execution_options.preserve_order = True
     context.enable_progress_bars = False  # the caller tells the progress, in rows and rejects
     with ray.data.DataContext.current(context):
-        rows = [{"part": cloudpickle.dumps(part)} for part in parts]  # pyright: ignore[reportPrivateImportUsage]
-        reports = ray.data.from_items(rows, override_num_blocks=len(rows)).map(_prepare_pickled, num_cpus=1)
+        rows = ray.data.range(len(parts), override_num_blocks=len(parts))
+        reports = rows.map(_PreparePart(parts), num_cpus=1)
         for report in reports.iter_rows():
             if report["disk_full"]:
                 raise OSError(report["disk_full"], os.strerror(report["disk_full"]))
@@ -176,15 +174,25 @@ def quiet_ray_data() -> None:
     logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
 
 
-def _prepare_pickled(row: dict[str, Any]) -> dict[str, Any]:
-    """Rows, rejects, and the ``errno`` of a full disk, else 0: Ray would wrap the error, and print where it was."""
-    try:
-        rows, rejects = prepare_part(pickle.loads(row["part"]), repeated=True)
-    except OSError as error:
-        if not is_disk_full(error):
-            raise
-        return {"rows": 0, "rejects": 0, "disk_full": error.errno}
-    return {"rows": rows, "rejects": rejects, "disk_full": 0}
+class _PreparePart:
+    """What a task does; it travels to each process once, as Ray sends functions. The parts lie in Ray's store."""
+
+    def __init__(self, parts: Sequence[Part]) -> None:
+        import ray
+
+        self.parts = [ray.put(part) for part in parts]
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        """Rows, rejects, and the ``errno`` of a full disk, else 0: Ray would wrap the error, and print where it was."""
+        import ray
+
+        try:
+            rows, rejects = prepare_part(ray.get(self.parts[row["id"]]), repeated=True)
+        except OSError as error:
+            if not is_disk_full(error):
+                raise
+            return {"rows": 0, "rejects": 0, "disk_full": error.errno}
+        return {"rows": rows, "rejects": rejects, "disk_full": 0}
 
 
 def _load_rows(item: Item, split: str, origin: Origin) -> tuple[list[Row], Sequence[str], Refused]:

@@ -11,10 +11,10 @@ Clips travel as int16 (or uint8), never as float32, which would double the bytes
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from itertools import pairwise
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
@@ -53,8 +53,9 @@ def ray_batches(
     context.enable_progress_bars = False
     with ray.data.DataContext.current(context):
         rows = ray.data.range(len(places), override_num_blocks=-(-len(places) // per_task))
-        read = rows.map_batches(_Reader(dataset, places), batch_size=None, batch_format="numpy", num_cpus=1)
-        tables = read.iter_batches(batch_size=batch_size, batch_format="pyarrow", prefetch_batches=4)
+        reader = cast(Callable[[Any], Any], _Reader(dataset, places))
+        read = rows.map_batches(reader, batch_size=None, batch_format="numpy", num_cpus=1)
+        tables: Iterable[Any] = read.iter_batches(batch_size=batch_size, batch_format="pyarrow", prefetch_batches=4)
         count = 0
         for table in tables:
             count += table.num_rows
@@ -80,7 +81,13 @@ def _table(parts: list[Part], error: str | None = None) -> pa.Table:
     """One row for each clip; or one that says why there are none."""
     clips = [np.ascontiguousarray(clip.slices.numpy()) for clip, _, _ in parts]
     truths = [
-        save({f"{number}.{name}": value.contiguous() for number, target in enumerate(targets) for name, value in target.items()})
+        save(
+            {
+                f"{number}.{name}": cast(Tensor, value).contiguous()
+                for number, target in enumerate(targets)
+                for name, value in target.items()
+            }
+        )
         for _, targets, _ in parts
     ]
     facts = [
@@ -99,7 +106,9 @@ def _table(parts: list[Part], error: str | None = None) -> pa.Table:
         clips, truths, facts = [np.zeros(0, np.uint8)], [b""], [json.dumps({"error": error})]
     return pa.table(
         {
-            "slices": pa.array([memoryview(array).cast("B") if array.size else b"" for array in clips], pa.large_binary()),
+            "slices": pa.array(
+                [array.data.cast("B") if array.size else b"" for array in clips], pa.large_binary()
+            ),
             "truth": pa.array(truths, pa.large_binary()),
             "facts": pa.array(facts, pa.large_string()),
         }
