@@ -121,6 +121,7 @@ def test_a_run_sends_what_is_allowed_and_a_resumed_one_goes_on_in_it(server: Wan
     assert [word for word in forbidden if len(word) > 4 and word.encode() in everything] == []
 
 
+@pytest.mark.acceptance
 def test_an_offline_run_is_sent_later(server: WandbServer, ct: Path, tmp_path: Path):
     run_watched(ct, tmp_path, "offline")
     assert server.history == {}

@@ -143,9 +143,7 @@ class LoopConfig(Config):
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.min_workers is not None and self.min_workers > self.num_workers:
-            raise ValueError(
-                f"min_workers is {self.min_workers}, num_workers {self.num_workers}; the smaller comes first"
-            )
+            raise ValueError(f"min_workers is {self.min_workers}, above num_workers, which is {self.num_workers}")
         return self
 
 

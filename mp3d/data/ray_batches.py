@@ -106,9 +106,7 @@ def _table(parts: list[Part], error: str | None = None) -> pa.Table:
         clips, truths, facts = [np.zeros(0, np.uint8)], [b""], [json.dumps({"error": error})]
     return pa.table(
         {
-            "slices": pa.array(
-                [array.data.cast("B") if array.size else b"" for array in clips], pa.large_binary()
-            ),
+            "slices": pa.array([array.data.cast("B") if array.size else b"" for array in clips], pa.large_binary()),
             "truth": pa.array(truths, pa.large_binary()),
             "facts": pa.array(facts, pa.large_string()),
         }
