@@ -127,7 +127,7 @@ def test_an_offline_run_is_sent_later(server: WandbServer, ct: Path, tmp_path: P
     assert server.history == {}
     (folder,) = (tmp_path / "watched" / "wandb").glob("offline-run-*")
     tool = Path(sys.executable).with_name("wandb")
-    subprocess.run([str(tool), "sync", str(folder)], check=True, capture_output=True, timeout=120)
+    subprocess.run([str(tool), "sync", str(folder)], check=True, capture_output=True, timeout=120, cwd=tmp_path)
     (rows,) = server.history.values()
     assert [row["_step"] for row in rows if "froc_mean" in row] == [3, 6, 9]
 
