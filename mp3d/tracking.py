@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 INIT_TIMEOUT_S, ASK_TIMEOUT_S, FINISH_TIMEOUT_S = 5, 3, 5
 """How long W&B may look for its server, wait for an answer, and send what is left at the end."""
+SYSTEM_INTERVAL_S = 10.0
+"""How often the use of CPU, memory and GPU is noted."""
 CONFIG_FIELDS = ("clip", "augment", "model", "optim", "loop")
 """Of the configuration: numbers and choices. Paths stay here, for a folder's name may hold a patient's."""
 METRIC_NAME = re.compile(r"[A-Za-z][\w@./-]{0,80}")
@@ -142,7 +144,7 @@ def _start(config: TrainConfig, run_dir: Path, mode: Mode) -> Any:
             init_timeout=INIT_TIMEOUT_S,
             finish_timeout=FINISH_TIMEOUT_S,
             x_disable_meta=True,
-            x_disable_machine_info=True,
+            x_stats_sampling_interval=SYSTEM_INTERVAL_S,
             x_save_requirements=False,
         )
         return wandb.init(

@@ -105,6 +105,7 @@ def test_a_run_sends_what_is_allowed_and_a_resumed_one_goes_on_in_it(server: Wan
     assert sent["optim"]["value"]["lr"] == 3e-3
     scored = [row for row in server.history[run] if "froc_mean" in row]
     assert [row["_step"] for row in scored] == [3, 6, 9]
+    assert any("system.memory_percent" in row for row in server.events[run])
     shown = [name for name in server.files if name.endswith(".png")]
     assert len(shown) == 6
     artifact = next(variables for name, variables in server.operations if name.startswith("CreateArtifact"))
