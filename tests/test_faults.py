@@ -28,6 +28,7 @@ from tests.tiny import ct_shards, detector_config
 
 ROOT = Path(__file__).parents[1]
 EPOCHS, WORKERS = 4, 2
+DISK_BYTES = 64 * 2**20
 WAIT_S = 240
 
 
@@ -246,7 +247,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     folder = tmp_path / "disk"
     folder.mkdir()
     mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=4m", "none", str(folder)], check=False, capture_output=True
+        ["mount", "-t", "tmpfs", "-o", f"size={DISK_BYTES}", "none", str(folder)], check=False, capture_output=True
     )
     if mounted.returncode:
         pytest.skip("mounting is not permitted here; tests/test_run_folder.py limits files instead")
@@ -260,12 +261,12 @@ def test_a_full_disk(ct: Path, small_disk: Path, tmp_path: Path, tracking: str):
     config = detector_config(
         ct, small_disk, loop__epochs=3, launch__keep_checkpoints=9, tracking__mode=tracking
     )  # fmt: skip
-    expected = run_training(
-        config.override({"launch.storage_path": str(tmp_path / "roomy"), "tracking.mode": "disabled"})
-    )
+    roomy = {"launch.storage_path": str(tmp_path / "roomy"), "tracking.mode": "disabled"}
+    assert finish(drive(config.override(roomy)))[0] == 0
+    expected = tmp_path / "roomy" / "detector"
     ballast = small_disk / "ballast"
     one = sum(path.stat().st_size for path in (expected / "epoch_0001").iterdir())
-    ballast.write_bytes(bytes(4 * 2**20 - 2 * one - 200_000))
+    ballast.write_bytes(bytes(DISK_BYTES - 2 * one - 200_000))
     started = time.monotonic()
     code, said = finish(drive(config))
     assert code == ResourceError.exit_code, said
@@ -287,7 +288,7 @@ def test_a_full_disk_under_ray_train(ray_cluster: None, ct: Path, unbroken: Path
     config = two_workers(ct, small_disk, launch__keep_checkpoints=9)
     one = sum(path.stat().st_size for path in (unbroken / "epoch_0001").iterdir())
     ballast = small_disk / "ballast"
-    ballast.write_bytes(bytes(4 * 2**20 - 2 * one - 200_000))
+    ballast.write_bytes(bytes(DISK_BYTES - 2 * one - 200_000))
     with pytest.raises(ResourceError, match="make room"):
         run_training(config)
     ballast.unlink()
