@@ -9,7 +9,7 @@ export UV_COMPILE_BYTECODE := 1
 export PYTHONDONTWRITEBYTECODE :=
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: help setup demo test acceptance lint format lock clean
+.PHONY: help setup demo test acceptance chaos lint format lock clean
 
 help: ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -30,10 +30,13 @@ demo: $(READY) ## the whole pipeline on this machine; DATA=<folder> takes real d
 	@$(BIN)/python jobs/demo.py $(if $(DATA),--data "$(DATA)")
 
 test: $(READY) ## every test but the long ones
-	@$(BIN)/python -m pytest -m "not acceptance"
+	@$(BIN)/python -m pytest -m "not acceptance and not chaos"
 
 acceptance: $(READY) ## the tests with full counts
 	@$(BIN)/python -m pytest -m "acceptance"
+
+chaos: $(READY) ## faults in training: killed workers, drivers and nodes, full disks
+	@$(BIN)/python -m pytest -m "chaos"
 
 lint: $(READY) ## ruff, pyright, import-linter
 	@$(BIN)/ruff check .

@@ -1,7 +1,10 @@
-"""What the tables say of the machine."""
+"""What the tables say of the machine, and of its processes."""
 
+import os
 import platform
 from pathlib import Path
+
+TICK = os.sysconf("SC_CLK_TCK")
 
 
 def cpu_model() -> str:
@@ -9,3 +12,22 @@ def cpu_model() -> str:
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor()
+
+
+def cpu_s(root: int, without: set[int]) -> float:
+    """Of a process and all below it, those that have ended included, except some."""
+    times, children = {}, {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rpartition(") ")[2].split()
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        times[int(stat.parent.name)] = sum(map(int, fields[11:15]))
+        children.setdefault(int(fields[1]), []).append(int(stat.parent.name))
+    below, total = [root], 0
+    while below:
+        pid = below.pop()
+        if pid not in without:
+            total += times[pid]
+            below += children.get(pid, [])
+    return total / TICK

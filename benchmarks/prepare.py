@@ -27,7 +27,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pydicom
 import SimpleITK as sitk
-from machine import cpu_model
+from machine import cpu_model, cpu_s
 from pydicom.pixels import apply_rescale
 
 from mp3d.data.dicom_folder import read_dicom
@@ -37,7 +37,6 @@ from mp3d.data.synthetic.dicom_files import write_ct_series
 from mp3d.launch import connect_ray
 
 SIDE, SLICES_PER_GROUP = 512, 8
-TICK = os.sysconf("SC_CLK_TCK")
 
 
 def made_volume(seed: int, depth: int) -> Volume:
@@ -91,25 +90,6 @@ def run_prepare(root: Path, out: Path, cpus: float) -> None:
     limits = ExecutionResources.for_limits(cpu=cpus)
     DataContext.get_current().execution_options.resource_limits = limits
     prepare(read_dicom(root), out, id_key=b"benchmark", runner="ray")
-
-
-def cpu_s(root: int, without: set[int]) -> float:
-    """Of a process and all below it, those that have ended included, except some."""
-    times, children = {}, {}
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = stat.read_text().rpartition(") ")[2].split()
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-        times[int(stat.parent.name)] = sum(map(int, fields[11:15]))
-        children.setdefault(int(fields[1]), []).append(int(stat.parent.name))
-    below, total = [root], 0
-    while below:
-        pid = below.pop()
-        if pid not in without:
-            total += times[pid]
-            below += children.get(pid, [])
-    return total / TICK
 
 
 def main() -> None:

@@ -13,8 +13,11 @@ No manifest, no checkpoint. A *run* is a directory of checkpoints (``epoch_0001`
 for, a run will do and stands for its best.
 """
 
+import errno
 import json
 import math
+import os
+import re
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -62,7 +65,8 @@ class Checkpoint:
     """SHA-256 of the manifest, which holds the SHA-256 of every file: the model's name in reports and answers."""
 
     def model_state(self) -> dict[str, Tensor]:
-        return load_file(self.path / "model.safetensors")
+        """Raises: CheckpointError if its file holds no tensors, whatever the manifest says."""
+        return _load_tensors(self.path / "model.safetensors")
 
     def check_trained(self) -> None:
         """Raises: CheckpointError where parts of a model of released weights are as they were drawn."""
@@ -98,7 +102,7 @@ class Checkpoint:
         if not (self.path / "trainer.json").exists():
             raise CheckpointError(f"{self.path} holds no trainer state: it can be evaluated and served, not resumed")
         return TrainerState(
-            load_file(self.path / "trainer.safetensors"), json.loads((self.path / "trainer.json").read_text())
+            _load_tensors(self.path / "trainer.safetensors"), json.loads((self.path / "trainer.json").read_text())
         )
 
 
@@ -116,15 +120,21 @@ def save_checkpoint(
     metrics: dict[str, float],
     trainer: TrainerState | None = None,
 ) -> None:
-    """Write a checkpoint into an existing empty directory; the manifest comes last."""
+    """Write a checkpoint into an existing empty directory; the manifest comes last, and all of it is on the disk then.
+
+    Raises:
+        OSError: the disk is full, or cannot be written for another reason.
+    """
     _write_json(directory / "config.json", config.model_dump(mode="json"))
-    save_file({name: tensor.contiguous() for name, tensor in model_state.items()}, directory / "model.safetensors")
+    _save_tensors(directory / "model.safetensors", model_state)
     if trainer is not None:
-        save_file(trainer.tensors, directory / "trainer.safetensors")
+        _save_tensors(directory / "trainer.safetensors", trainer.tensors)
         _write_json(directory / "trainer.json", trainer.values)
     _write_json(directory / "metrics.json", {"epoch": epoch, "score": score, "metrics": metrics})
     files = {path.name: _sha256(path) for path in sorted(directory.iterdir())}
     _write_json(directory / MANIFEST, {"kind": KIND, "format_version": FORMAT_VERSION, "files": files})
+    for path in (*directory.iterdir(), directory):
+        sync_to_disk(path)
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
@@ -144,17 +154,6 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         )
     ranked = sorted(candidates, key=lambda candidate: (score_of(candidate), candidate.name), reverse=True)
     return _first_intact(ranked, path)
-
-
-def latest_checkpoint(run: Path) -> Checkpoint | None:
-    """The newest intact checkpoint of a run; None if there is none. Damaged ones are named in a warning and passed
-    over.
-
-    Raises:
-        CheckpointError: there are checkpoints, and all of them are damaged.
-    """
-    candidates = checkpoints_of(run)
-    return _first_intact(candidates[::-1], run) if candidates else None
 
 
 def checkpoints_of(run: Path) -> list[Path]:
@@ -232,6 +231,31 @@ def _open_verified(path: Path) -> Checkpoint:
         )
     except (OSError, ValueError, KeyError, TypeError, ValidationError, SafetensorError) as error:
         raise CheckpointError(f"{path} is no intact checkpoint: {type(error).__name__}: {error}") from error
+
+
+def sync_to_disk(path: Path) -> None:
+    """Have a file, or the names in a folder, on the disk before anything else happens."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _load_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path} holds no tensors: {error}") from error
+
+
+def _save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    try:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+    except SafetensorError as error:  # which tells the system's error in words only
+        number = re.search(r"os error (\d+)|code: (\d+)", str(error))
+        code = int(next(filter(None, number.groups()))) if number else errno.EIO
+        raise OSError(code, os.strerror(code), str(path)) from error
 
 
 def _write_json(path: Path, content: Any) -> None:

@@ -4,6 +4,9 @@ Every job ends with the ``exit_code`` of the error that stopped it (README, "Exi
 :class:`Mp3dError` is a defect of ours and ends with 1 and a traceback.
 """
 
+import json
+from collections.abc import Iterator
+
 
 class Mp3dError(Exception):
     """A condition the user can mend. The message names the value, the rule and the likely fix."""
@@ -35,6 +38,10 @@ class ResourceError(Mp3dError):
     exit_code = 4
 
 
+class TrainingStopped(Mp3dError):
+    """Ray Train lost workers more often than ``launch.max_failures`` allows."""
+
+
 class Refusal(DataError):
     """One series (or picture) that is not used, with a reason code of the closed list in ``mp3d.data.reasons.REASONS``.
 
@@ -50,3 +57,23 @@ class Refusal(DataError):
 
     def __reduce__(self):
         return type(self), (self.reason, self.detail)
+
+
+def as_json(error: Mp3dError) -> str:
+    """An error as text that another process can raise; no pickle."""
+    return json.dumps({"kind": type(error).__name__, "message": str(error), "exit_code": error.exit_code}) + "\n"
+
+
+def from_json(text: str) -> Mp3dError:
+    """What :func:`as_json` was given; of a kind that this process does not know, with its exit code."""
+    content = json.loads(text)
+    kinds = {kind.__name__: kind for kind in _kinds(Mp3dError) if kind.__init__ is Exception.__init__}
+    error = kinds.get(content["kind"], Mp3dError)(content["message"])
+    error.exit_code = content["exit_code"]
+    return error
+
+
+def _kinds(kind: type[Mp3dError]) -> Iterator[type[Mp3dError]]:
+    yield kind
+    for below in kind.__subclasses__():
+        yield from _kinds(below)

@@ -2,18 +2,24 @@
 can.
 """
 
-import json
 import logging
 import os
 import secrets
+import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mp3d.config import TrainConfig
-from mp3d.errors import ConfigError, Mp3dError, ResourceError
+from mp3d.data.shard import is_disk_full, write_aside
+from mp3d.errors import ConfigError, Mp3dError, ResourceError, TrainingStopped, as_json, from_json
+from mp3d.run_folder import check_name, claim, held, run_identity
+
+if TYPE_CHECKING:
+    import torch
 
 RAY_ENVIRONMENT = {
     "OMP_WAIT_POLICY": "passive",  # threads that spin while they wait take the cores from each other
@@ -29,6 +35,12 @@ RAY_ENVIRONMENT = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",  # whoever asked for no GPU sees none; else Ray leaves all in sight
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
 }
+FULL_CLUSTER_PATIENCE_S = 5.0
+"""How long those may take to let go who have just ended."""
+_ASK_FOR_LESS = (
+    "Ask for less (num_workers, cpus_per_worker, accelerator), add nodes, or give an autoscaler time "
+    "(--launch.wait-for-resources-s)"
+)
 CONTROLLER_FAILURES = 3
 """Failed starts of the worker group before a run is given up; Ray's own default is never."""
 
@@ -85,45 +97,35 @@ def run_training(config: TrainConfig) -> Path:
         ResourceError: the cluster cannot carry it.
         Mp3dError: whatever stops :func:`mp3d.train.train`.
     """
+    from mp3d.device import pick_device
     from mp3d.fitting import fit_to_data
     from mp3d.train import check_inputs
 
     run_dir = Path(config.launch.storage_path) / config.name
-    check_inputs(config)
+    digest = check_inputs(config).digest
     config = fit_to_data(config)
+    check_name(run_dir, "run.json", config.name, run_identity(config, digest))
+    if run_dir.exists():
+        with held(run_dir):  # else it would be told only when workers have started
+            pass
     if config.launch.runner == "local":
-        _train_here(config, claim(run_dir, config))
+        if config.loop.num_workers != 1:
+            raise ConfigError(
+                f"loop.num_workers is {config.loop.num_workers}, and --launch.runner local is one process; use ray"
+            )
+        if config.launch.ingest == "ray_data":
+            raise ConfigError("launch.ingest is ray_data, and --launch.runner local is without Ray; use pyarrow")
+        device = pick_device(config.launch.accelerator)
+        _train_here(config, claim(run_dir, config, digest), device)
     else:
         connect_ray(dashboard=True)
         worker = worker_resources(config.launch.cpus_per_worker, config.launch.accelerator)
-        check_resources([worker] * config.loop.num_workers, wait_s=config.launch.wait_for_resources_s)
-        _train_on_ray(config, claim(run_dir, config), worker)
+        bundles = [worker] * (config.loop.min_workers or config.loop.num_workers)
+        if config.launch.ingest == "ray_data":
+            bundles.append({"CPU": 1.0})  # tasks that read; without one the workers would wait for ever
+        check_resources(bundles, wait_s=config.launch.wait_for_resources_s)
+        _train_on_ray(config, claim(run_dir, config, digest), worker)
     return run_dir
-
-
-def claim(run_dir: Path, config: TrainConfig) -> Path:
-    """Make the run's folder, or check that it belongs to this configuration.
-
-    Raises:
-        ConfigError: the name stands for another configuration; the message lists the fields that differ.
-    """
-    claim_name(run_dir, "run.json", config.name, config.identity())
-    return run_dir
-
-
-def claim_name(folder: Path, file: str, name: str, identity: dict[str, Any]) -> None:
-    """What a name stands for is written into its folder once, and compared from then on; see :func:`claim`."""
-    path = folder / file
-    if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        aside = path.with_suffix(".tmp")
-        aside.write_text(json.dumps(identity, indent=1) + "\n")
-        aside.replace(path)
-    elif differing := list(_differences(json.loads(path.read_text()), identity)):
-        raise ConfigError(
-            f"{name!r} exists with another configuration ({'; '.join(differing)}); "
-            f"give this one another --name, or remove {folder}"
-        )
 
 
 def worker_resources(cpus: float, accelerator: str) -> dict[str, float]:
@@ -135,32 +137,47 @@ def worker_resources(cpus: float, accelerator: str) -> dict[str, float]:
 
 
 def check_resources(bundles: Sequence[dict[str, float]], *, wait_s: float = 0.0) -> None:
-    """Find out whether the cluster's nodes can hold all workers at once; Ray itself would wait for ever.
+    """Find out whether the cluster's nodes can hold all workers at once, now; Ray itself would wait for ever.
 
     Args:
         bundles: what each worker needs, such as ``{"CPU": 2, "GPU": 1}``; a bundle lies on one node.
-        wait_s: how long to wait for an autoscaler, which is told what is needed.
+        wait_s: how long to wait for an autoscaler, which is told what is needed, or for others to end.
 
     Raises:
-        ResourceError: something does not fit; the message says how much is asked and how much is there.
+        ResourceError: something does not fit; the message says how much is asked, how much is there and how much free.
     """
     import ray
     from ray.autoscaler.sdk import request_resources
+    from ray.util import placement_group, remove_placement_group
 
     deadline = time.monotonic() + wait_s
     if wait_s:
         request_resources(bundles=[dict(bundle) for bundle in bundles])
     while not fits(bundles, [node["Resources"] for node in ray.nodes() if node["Alive"]]):
         if time.monotonic() >= deadline:
-            names = sorted({name for bundle in bundles for name in bundle})
-            asked = ", ".join(f"{sum(bundle.get(name, 0) for bundle in bundles):g} {name}" for name in names)
-            there = ", ".join(f"{ray.cluster_resources().get(name, 0):g} {name}" for name in names)
-            raise ResourceError(
-                f"the run asks for {len(bundles)} worker(s) with {asked} in all; the cluster has {there}. Ask for less "
-                "(num_workers, cpus_per_worker, accelerator), add nodes, or give an autoscaler time "
-                "(--launch.wait-for-resources-s)"
-            )
+            raise ResourceError(f"{_asked_and_there(bundles)}. {_ASK_FOR_LESS}")
         time.sleep(min(2.0, max(0.0, deadline - time.monotonic())))
+    room = placement_group([dict(bundle) for bundle in bundles])  # as the workers will ask for it
+    try:
+        free = room.wait(max(deadline - time.monotonic(), FULL_CLUSTER_PATIENCE_S))
+    finally:
+        remove_placement_group(room)
+    if not free:
+        raise ResourceError(
+            f"{_asked_and_there(bundles)}, of which others hold too much. Wait for them "
+            f"(--launch.wait-for-resources-s), or: {_ASK_FOR_LESS}"
+        )
+
+
+def _asked_and_there(bundles: Sequence[dict[str, float]]) -> str:
+    import ray
+
+    names = sorted({name for bundle in bundles for name in bundle})
+    there, free = ray.cluster_resources(), ray.available_resources()
+    asked = ", ".join(f"{sum(bundle.get(name, 0) for bundle in bundles):g} {name}" for name in names)
+    has = ", ".join(f"{there.get(name, 0):g} {name}" for name in names)
+    left = ", ".join(f"{free.get(name, 0):g} {name}" for name in names)
+    return f"the run asks for {len(bundles)} worker(s) with {asked} in all; the cluster has {has} ({left} free)"
 
 
 def fits(bundles: Sequence[dict[str, float]], nodes: Sequence[dict[str, float]]) -> bool:
@@ -177,51 +194,64 @@ def fits(bundles: Sequence[dict[str, float]], nodes: Sequence[dict[str, float]])
     return True
 
 
-def _train_here(config: TrainConfig, run_dir: Path) -> None:
-    from mp3d.device import pick_device
+def _train_here(config: TrainConfig, run_dir: Path, device: "torch.device") -> None:
     from mp3d.session import PlainSession
     from mp3d.train import train
 
-    if config.loop.num_workers != 1:
-        raise ConfigError(
-            f"loop.num_workers is {config.loop.num_workers}, and --launch.runner local is one process; use ray"
-        )
-    device = pick_device(config.launch.accelerator)
-    train(config, PlainSession(run_dir, keep=config.launch.keep_checkpoints, device=device))
+    with held(run_dir):
+        train(config, PlainSession(run_dir, keep=config.launch.keep_checkpoints, device=device))
 
 
 def _train_on_ray(config: TrainConfig, run_dir: Path, worker: dict[str, float]) -> None:
     from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.torch import TorchTrainer
 
+    shutil.rmtree(run_dir / "ray", ignore_errors=True)  # nothing there is needed, and a kill may have torn it
+    stopped = run_dir / f".stopped.{secrets.token_hex(4)}.aside"
+    loop, launch = config.loop, config.launch
     trainer = TorchTrainer(
         _train_in_worker,
-        train_loop_config={"config": config.model_dump(mode="json"), "run_dir": str(run_dir)},
+        train_loop_config={
+            "config": config.model_dump(mode="json"),
+            "run_dir": str(run_dir),
+            "stopped": str(stopped),
+            "on_terminal": sys.stdout.isatty(),
+        },
         scaling_config=ScalingConfig(
-            num_workers=config.loop.num_workers,
+            num_workers=(loop.min_workers, loop.num_workers) if loop.min_workers else loop.num_workers,
             use_gpu="GPU" in worker,
             resources_per_worker=worker,
+            elastic_resize_monitor_interval_s=launch.resize_interval_s,
         ),
         run_config=RunConfig(
             name="ray",
             storage_path=str(run_dir),
             logging_config=LoggingConfig(log_level="WARNING"),
             failure_config=FailureConfig(
-                max_failures=config.launch.max_failures, controller_failure_limit=CONTROLLER_FAILURES
+                max_failures=launch.max_failures, controller_failure_limit=CONTROLLER_FAILURES
             ),
         ),
     )
+    failure = None
     try:
         trainer.fit()
     except TrainingFailedError as error:
-        for cause in _causes(error):
-            if isinstance(cause, Mp3dError):
-                raise cause from error
-        raise
+        failure = error
+    if stopped.exists():
+        content = stopped.read_text()
+        stopped.unlink()
+        raise from_json(content) from failure
+    if failure is not None:
+        if explained := _explained(failure, run_dir):
+            raise explained from failure
+        raise failure
 
 
 def _train_in_worker(payload: dict[str, Any]) -> None:
-    """The worker's door: the configuration is validated again."""
+    """The worker's door: the configuration is validated again.
+
+    What no restart can mend is noted in the run's folder, for Ray Train starts the workers anew whatever stopped them.
+    """
     import torch
 
     from mp3d.session import RayTrainSession
@@ -229,8 +259,42 @@ def _train_in_worker(payload: dict[str, Any]) -> None:
 
     logging.getLogger("ray.train").setLevel(logging.WARNING)  # it would repeat every report
     config = TrainConfig.model_validate(payload["config"])
+    run_dir, stopped = Path(payload["run_dir"]), Path(payload["stopped"])
+    if stopped.exists():
+        return
     torch.set_num_threads(max(1, int(config.launch.cpus_per_worker)))
-    train(config, RayTrainSession(Path(payload["run_dir"]), keep=config.launch.keep_checkpoints))
+    session = RayTrainSession(run_dir, keep=config.launch.keep_checkpoints, on_terminal=payload["on_terminal"])
+    try:
+        with held(run_dir) if session.rank == 0 else nullcontext():
+            train(config, session)
+    except Mp3dError as error:
+        write_aside(stopped, as_json(error))
+        if session.world_size > 1:
+            raise  # the other workers wait for this one
+
+
+def _explained(error: Exception, run_dir: Path) -> Mp3dError | None:
+    """What stopped the workers, as an error of ours; None where it is a defect."""
+    from ray.exceptions import RayError
+    from ray.train import ControllerError, WorkerGroupError
+
+    causes = list(_causes(error))
+    for cause in causes:
+        if isinstance(cause, Mp3dError):
+            return cause
+        if is_disk_full(cause):
+            return ResourceError(
+                f"{run_dir} is full ({cause}); make room; the same command goes on from the last epoch"
+            )
+    if isinstance(error, ControllerError):
+        return ResourceError(f"the workers could not be started ({causes[-1]}); the same command tries again")
+    if isinstance(error, WorkerGroupError) and all(isinstance(it, RayError) for it in error.worker_failures.values()):
+        lost = ", ".join(str(rank) for rank in sorted(error.worker_failures))
+        return TrainingStopped(
+            f"worker {lost} was lost, and launch.max_failures is used up; look for its end (out of memory?) in the "
+            "logs of its node; the same command goes on from the last whole epoch"
+        )
+    return None
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
@@ -245,15 +309,6 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
         yield current
         waiting += [current.__cause__, current.__context__, getattr(current, "cause", None)]
         waiting += list(getattr(current, "worker_failures", {}).values())
-
-
-def _differences(known: dict[str, Any], given: dict[str, Any], prefix: str = "") -> Iterator[str]:
-    for name in known.keys() | given.keys():
-        old, new = known.get(name), given.get(name)
-        if isinstance(old, dict) and isinstance(new, dict):
-            yield from _differences(old, new, f"{prefix}{name}.")
-        elif old != new:
-            yield f"{prefix}{name} was {old!r}, is {new!r}"
 
 
 def _ensure_token() -> None:

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from torch import nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
-from mp3d.config import OptimConfig
+from mp3d.config import LoopConfig, OptimConfig
 
 WARMUP_FACTOR = 1 / 3
 """The authors' linear warm-up starts from this share of the rate (``mp3d_groupconv.py``)."""
@@ -52,3 +52,14 @@ def learning_rate(step: int, optim: OptimConfig, *, steps_per_epoch: int, epochs
     if step < optim.warmup_steps:
         rate *= WARMUP_FACTOR + (1 - WARMUP_FACTOR) * step / optim.warmup_steps
     return rate
+
+
+def steps_in_epoch(loop: LoopConfig, num_samples: int, world_size: int) -> int:
+    """Steps of every epoch as long as so many workers train; an elastic run with fewer takes more.
+
+    Args:
+        num_samples: in one pass over the training split.
+    """
+    if loop.steps_per_epoch is not None:
+        return max(1, loop.steps_per_epoch * loop.num_workers // world_size)
+    return max(1, num_samples // (loop.step_clips * world_size))

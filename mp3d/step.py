@@ -61,6 +61,17 @@ class Run:
         return self.bare_model if self.average is None else self.average.module
 
 
+def wrap_model(run: Run) -> None:
+    """Have the gradients of several workers averaged, from the start of an epoch on.
+
+    A wrapper sorts its buckets anew after its first step, and gradients are summed in the order of the buckets: one for
+    each epoch, so that a resumed run sums as one that was not killed does.
+    """
+    run.model = run.bare_model
+    if run.session.world_size > 1:
+        run.model = DistributedDataParallel(run.model)
+
+
 def train_step(run: Run, batches: Sequence[Batch], step: int, rate: float) -> dict[str, Tensor] | None:
     """Forward, backward, update.
 

@@ -20,7 +20,8 @@ from typing import Any
 from mp3d.checkpoint import open_checkpoint
 from mp3d.config import SweepConfig, TrainConfig
 from mp3d.errors import Mp3dError
-from mp3d.launch import check_resources, claim, claim_name, connect_ray, worker_resources
+from mp3d.launch import check_resources, connect_ray, worker_resources
+from mp3d.run_folder import check_name, claim, claim_name, held
 from mp3d.tracking import Tracker, track
 
 
@@ -42,13 +43,15 @@ def run_sweep(sweep: SweepConfig) -> Path:
 
     from mp3d.train import check_inputs
 
-    check_inputs(sweep.base)
-    connect_ray()
     base = sweep.base
+    shards = check_inputs(base)
     folder = Path(base.launch.storage_path) / sweep.name
-    claim_name(folder, "sweep.json", sweep.name, {**sweep.model_dump(mode="json"), "base": base.identity()})
+    identity = {**sweep.model_dump(mode="json"), "base": base.identity(), "shards_digest": shards.digest}
+    check_name(folder, "sweep.json", sweep.name, identity)
+    connect_ray()
     resources = worker_resources(base.launch.cpus_per_worker, base.launch.accelerator)
     check_resources([resources], wait_s=base.launch.wait_for_resources_s)
+    claim_name(folder, "sweep.json", sweep.name, identity)
     trainable = tune.with_resources(
         tune.with_parameters(_trial, base=base.model_dump(mode="json"), folder=str(folder)), resources
     )
@@ -119,7 +122,8 @@ def _trial(point: dict[str, Any], base: dict[str, Any], folder: str) -> None:
     config = fit_to_data(config, say=lambda line: None)
     torch.set_num_threads(max(1, int(config.launch.cpus_per_worker)))
     run_dir = claim(Path(config.launch.storage_path) / config.name, config)
-    train(config.override({"tracking.mode": "disabled"}), TuneSession(run_dir, keep=1))
+    with held(run_dir):
+        train(config.override({"tracking.mode": "disabled"}), TuneSession(run_dir, keep=1))
 
 
 def _scheduler(sweep: SweepConfig):

@@ -9,10 +9,8 @@ the end of an epoch goes on exactly as one that was not.
 
 import json
 import math
-import time
 from collections.abc import Callable, Hashable, Iterable
 from dataclasses import asdict
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +19,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 
 from mp3d.checkpoint import Checkpoint, open_checkpoint, pack_optimizer, save_checkpoint, unpack_optimizer
 from mp3d.config import TrainConfig
@@ -39,12 +36,13 @@ from mp3d.metrics import build_metric
 from mp3d.models import build_model
 from mp3d.models.sync_batch_norm import synchronise_batch_norm
 from mp3d.models.transfer import initialise_backbone
-from mp3d.schedule import build_optimizer, learning_rate, scaled_to_batch
+from mp3d.progress import Progress
+from mp3d.schedule import build_optimizer, learning_rate, scaled_to_batch, steps_in_epoch
 from mp3d.session import Session
-from mp3d.step import Run, train_step
+from mp3d.snapshots import take_snapshots
+from mp3d.step import Run, train_step, wrap_model
 from mp3d.tracking import track
 
-PROGRESS_INTERVAL_S = 5.0
 RAW = "model."
 """Prefix, among a checkpoint's trainer tensors, of the weights that are trained, where their average is the model."""
 
@@ -75,8 +73,7 @@ def train(config: TrainConfig, session: Session) -> dict[str, float]:
     dataset = ClipDataset(shards, stream.samples, config.clip, config.augment, config.loop.seed, every_slice=masks)
     validation = ClipDataset(shards, validation_samples(config, shards), config.clip, every_slice=masks)
 
-    global_batch = config.loop.step_clips * session.world_size
-    run = start(config, session, config.loop.steps_per_epoch or max(1, len(stream) // global_batch))
+    run = start(config, session, steps_in_epoch(config.loop, len(stream), session.world_size))
     best = BestSoFar()
     checkpoint = session.resume()
     if checkpoint:
@@ -96,23 +93,34 @@ def train(config: TrainConfig, session: Session) -> dict[str, float]:
                 _say(session, f"stopped after epoch {epoch - 1}: nothing better since epoch {best.epoch}")
                 break
             steps = range((epoch - 1) * run.steps_per_epoch, epoch * run.steps_per_epoch)
-            batches = training_loader(
-                dataset, stream, batch_size=config.loop.batch_size, accumulate=config.loop.accumulate, steps=steps,
-                rank=session.rank, world_size=session.world_size, workers=config.launch.loader_workers,
-            )  # fmt: skip
-            metrics = train_epoch(run, epoch, steps, batches)
+            progress = Progress(session, config.loop, epoch, run.steps_per_epoch)
+            metrics = train_epoch(run, epoch, steps, training_batches(run, dataset, stream, steps), progress)
             found, score_name = validate(run, validation)
             metrics |= found
             tracker(metrics, step=steps.stop)
-            shown = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
-            _say(session, f"epoch {epoch}/{config.loop.epochs}  {shown}")
+            if tracker.pictures:
+                taken = take_snapshots(run.judged_model, validation, tracker.pictures, session.device, run.dtype)
+                tracker.show(taken, step=steps.stop)
+            progress.end(metrics)
             best.update(epoch, metrics[score_name])
             session.report(epoch, metrics[score_name], metrics, partial(save, run, epoch, metrics, score_name, best))
     return metrics
 
 
-def check_inputs(config: TrainConfig) -> None:
-    """Find out within seconds, before anything is started, whether the run can read what it needs.
+def training_batches(run: Run, dataset: ClipDataset, stream: Stream, steps: range) -> Iterable[Batch]:
+    """The batches of this rank, ``loop.accumulate`` for each step; the same whoever reads them."""
+    loop, session = run.config.loop, run.session
+    parts = range(steps.start * loop.accumulate, steps.stop * loop.accumulate)
+    share = {"batch_size": loop.batch_size, "steps": parts, "rank": session.rank, "world_size": session.world_size}
+    if run.config.launch.ingest == "ray_data":
+        from mp3d.data.ray_batches import ray_batches
+
+        return ray_batches(dataset, stream, **share)
+    return training_loader(dataset, stream, **share, workers=run.config.launch.loader_workers)
+
+
+def check_inputs(config: TrainConfig) -> ShardSet:
+    """Find out within seconds, before anything is started, whether the run can read what it needs; returns the shards.
 
     Raises:
         DataError: the shards, their splits or their truth are not what the head learns from.
@@ -137,6 +145,7 @@ def check_inputs(config: TrainConfig) -> None:
             )
     if config.init_from:
         open_checkpoint(config.init_from)
+    return shards
 
 
 def training_samples(config: TrainConfig, shards: ShardSet) -> tuple[list[Sample], list[Sample]]:
@@ -190,12 +199,10 @@ def start(config: TrainConfig, session: Session, steps_per_epoch: int) -> Run:
     scaler = torch.amp.GradScaler(session.device.type, enabled=dtype == torch.float16)
     optimizer = build_optimizer(model.parameters(), config.optim)
     average = build_average(model, config.loop.ema_decay) if config.loop.ema_decay else None
-    if session.world_size > 1:
-        model = DistributedDataParallel(model)
     return Run(config, session, model, optimizer, scaler, dtype, steps_per_epoch, average)
 
 
-def train_epoch(run: Run, epoch: int, steps: range, batches: Iterable[Batch]) -> dict[str, float]:
+def train_epoch(run: Run, epoch: int, steps: range, batches: Iterable[Batch], progress: Progress) -> dict[str, float]:
     """One epoch of steps; returns the mean of every loss over all workers and the last learning rate.
 
     Args:
@@ -204,14 +211,16 @@ def train_epoch(run: Run, epoch: int, steps: range, batches: Iterable[Batch]) ->
     loop, session = run.config.loop, run.session
     # the generators that models and losses draw from depend on nothing but the place in the run
     torch.manual_seed(int(np.random.SeedSequence([loop.seed, epoch, session.rank]).generate_state(1)[0]))
+    wrap_model(run)
     run.model.train()
     clips_per_step = loop.step_clips * session.world_size
     optim = scaled_to_batch(run.config.optim, clips_per_step)
     sums: dict[str, Tensor] = {}
     counted, rate = 0, 0.0
-    progress = Progress(session.rank, f"epoch {epoch}/{loop.epochs}", len(steps), clips_per_step)
+    # below 1 where an elastic run has lost workers; lr_batch minds that by itself
+    share = session.world_size / loop.num_workers if optim.lr_batch is None else 1.0
     for step, parts in zip(steps, batched(batches, loop.accumulate), strict=True):
-        rate = learning_rate(step, optim, steps_per_epoch=run.steps_per_epoch, epochs=loop.epochs)
+        rate = share * learning_rate(step, optim, steps_per_epoch=run.steps_per_epoch, epochs=loop.epochs)
         losses = train_step(run, parts, step, rate)
         if losses is None:
             continue
@@ -275,30 +284,6 @@ def restore(run: Run, checkpoint: Checkpoint) -> BestSoFar:
     run.scaler.load_state_dict(trainer.values["scaler"])
     run.skipped = trainer.values["skipped"]
     return BestSoFar(**trainer.values["best"])
-
-
-class Progress:
-    """A line every few seconds on rank 0: step, clips per second, time left, losses."""
-
-    def __init__(self, rank: int, title: str, num_steps: int, clips_per_step: int) -> None:
-        self.silent, self.title, self.num_steps, self.clips_per_step = rank != 0, title, num_steps, clips_per_step
-        self.done, self.started = 0, time.monotonic()
-        self.shown = self.started
-
-    def step(self, losses: dict[str, Tensor], rate: float) -> None:
-        self.done += 1
-        now = time.monotonic()
-        if self.silent or now - self.shown < PROGRESS_INTERVAL_S:
-            return
-        self.shown = now
-        per_step = (now - self.started) / self.done
-        left = timedelta(seconds=round(per_step * (self.num_steps - self.done)))
-        shown = "  ".join(f"{name} {value.item():.3f}" for name, value in losses.items())
-        print(
-            f"{self.title}  step {self.done}/{self.num_steps}  {self.clips_per_step / per_step:.1f} clips/s  "
-            f"ETA {left}  lr {rate:.2g}  {shown}",
-            flush=True,
-        )
 
 
 def _say(session: Session, text: str) -> None:

@@ -1,6 +1,8 @@
 """Checkpoints: they come back whole, and damaged ones are refused by name."""
 
 import json
+import random
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,6 @@ from mp3d.checkpoint import (
     MANIFEST,
     TrainerState,
     epoch_directory,
-    latest_checkpoint,
     open_checkpoint,
     pack_optimizer,
     save_checkpoint,
@@ -19,6 +20,7 @@ from mp3d.checkpoint import (
 )
 from mp3d.config import OptimConfig, TrainConfig
 from mp3d.errors import CheckpointError
+from mp3d.run_folder import resume_point
 from mp3d.schedule import build_optimizer
 
 CONFIG = TrainConfig(name="a", shards="s")
@@ -76,13 +78,13 @@ def test_a_run_stands_for_its_best_and_resumes_from_its_latest(tmp_path: Path):
     for epoch, score in enumerate([0.1, 0.7, 0.3], 1):
         write(tmp_path, epoch, score)
     assert open_checkpoint(tmp_path).epoch == 2
-    newest = latest_checkpoint(tmp_path)
+    newest = resume_point(tmp_path)
     assert newest is not None
     assert newest.epoch == 3
 
 
 def test_a_new_run_has_no_latest(tmp_path: Path):
-    assert latest_checkpoint(tmp_path / "new") is None
+    assert resume_point(tmp_path / "new") is None
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "metrics.json", MANIFEST])
@@ -99,13 +101,56 @@ def test_damage_is_found_and_the_one_before_is_used(tmp_path: Path, name: str, d
     file.write_bytes(content)
     if damage == "remove":
         file.unlink()
+    left = {path.name: path.read_bytes() for path in newest.iterdir()}
     with pytest.raises(CheckpointError, match=str(newest)):
         open_checkpoint(newest)
-    if (name, damage) == (MANIFEST, "remove"):  # then it was never committed
-        assert latest_checkpoint(tmp_path).epoch == 1  # type: ignore[union-attr]
-        return
-    with pytest.warns(UserWarning, match="passed over"):
-        assert latest_checkpoint(tmp_path).epoch == 1  # type: ignore[union-attr]
+    with pytest.warns(UserWarning, match=f"refused and set aside as damaged_epoch_0002: .*{newest}"):
+        assert resume_point(tmp_path).epoch == 1  # type: ignore[union-attr]
+    assert {path.name: path.read_bytes() for path in (tmp_path / "damaged_epoch_0002").iterdir()} == left
+    assert open_checkpoint(tmp_path).epoch == 1
+
+
+def test_any_flipped_bit_and_any_cut_is_found(tmp_path: Path):
+    path = write(tmp_path, 1, 0.1, TrainerState({"a": torch.arange(9.0)}, {"b": 1}))
+    draw = random.Random(0)
+    for file in sorted(path.iterdir()):
+        whole = file.read_bytes()
+        for _ in range(12):
+            damaged = bytearray(whole)
+            damaged[draw.randrange(len(whole))] ^= 1 << draw.randrange(8)
+            file.write_bytes(damaged)
+            refused(path)
+            file.write_bytes(whole[: draw.randrange(len(whole))])
+            refused(path)
+        file.write_bytes(whole)
+    assert open_checkpoint(path).epoch == 1
+
+
+def refused(path: Path) -> None:
+    with pytest.raises(CheckpointError, match=str(path)):
+        open_checkpoint(path)
+
+
+def test_a_pickle_in_a_checkpoint_s_place_is_not_opened(tmp_path: Path):
+    path = write(tmp_path, 1, 0.1)
+    opened = tmp_path / "opened"
+    torch.save({"weight": Touch(opened)}, path / "model.safetensors")
+    manifest = json.loads((path / MANIFEST).read_text())
+    manifest["files"]["model.safetensors"] = sha256((path / "model.safetensors").read_bytes()).hexdigest()
+    (path / MANIFEST).write_text(json.dumps(manifest))  # its maker may write any manifest
+    with pytest.raises(CheckpointError, match=r"model\.safetensors"):
+        open_checkpoint(path).model_state()
+    assert not opened.exists()
+
+
+class Touch:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
 
 
 def test_files_swapped_between_checkpoints_are_refused(tmp_path: Path):
@@ -124,9 +169,11 @@ def test_another_format_version_is_refused_with_what_to_do(tmp_path: Path):
 
 
 def test_all_damaged_is_no_new_start(tmp_path: Path):
-    (write(tmp_path, 1, 0.1) / "model.safetensors").write_bytes(b"")
-    with pytest.warns(UserWarning, match="passed over"), pytest.raises(CheckpointError, match="every checkpoint"):
-        latest_checkpoint(tmp_path)
+    for epoch in (1, 2):
+        (write(tmp_path, epoch, 0.1) / "model.safetensors").write_bytes(b"")
+    for _ in range(2):  # nothing was moved, so the next start refuses too
+        with pytest.raises(CheckpointError, match=r"every checkpoint.*epoch_0002.*epoch_0001"):
+            resume_point(tmp_path)
 
 
 def test_nothing_there_says_what_to_give(tmp_path: Path):

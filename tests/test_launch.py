@@ -10,8 +10,8 @@ import pytest
 from mp3d.checkpoint import open_checkpoint
 from mp3d.config import SweepConfig
 from mp3d.errors import ConfigError, DataError, ResourceError
-from mp3d.launch import check_resources, claim, fits, run_training
-from mp3d.session import read_metrics
+from mp3d.launch import check_resources, fits, run_training
+from mp3d.run_folder import claim, read_metrics
 from mp3d.sweep import run_sweep, trials_table
 from tests.tiny import ct_shards, detector_config
 

@@ -103,7 +103,7 @@ def prepared(config: TrainConfig) -> tuple[Run, list[Batch]]:
     run = start(config, PlainSession(Path(config.launch.storage_path), keep=1, device=torch.device("cpu")), 4)
     run.model.train()
     loader = training_loader(
-        dataset, stream, batch_size=config.loop.batch_size, accumulate=config.loop.accumulate, steps=range(1), rank=0,
+        dataset, stream, batch_size=config.loop.batch_size, steps=range(config.loop.accumulate), rank=0,
         world_size=1, workers=0,
     )  # fmt: skip
     (batches,) = batched(loader, config.loop.accumulate)

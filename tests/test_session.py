@@ -9,7 +9,8 @@ import torch
 
 from mp3d.checkpoint import checkpoints_of, open_checkpoint, save_checkpoint
 from mp3d.config import TrainConfig
-from mp3d.session import TuneSession, commit_epoch, read_metrics
+from mp3d.run_folder import commit_epoch, read_metrics
+from mp3d.session import TuneSession
 
 CONFIG = TrainConfig(name="a", shards="s")
 

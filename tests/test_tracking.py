@@ -1,14 +1,24 @@
 """W&B can neither stop a run nor leak."""
 
+import getpass
+import json
+import re
+import shutil
 import socket
+import subprocess
+import sys
 import time
 from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
 
 import pytest
 import wandb
 
-from mp3d.config import TrackingConfig, TrainConfig
-from mp3d.tracking import track, tracking_mode
+from mp3d.checkpoint import open_checkpoint
+from mp3d.config import Config, TrackingConfig, TrainConfig
+from mp3d.tracking import CONFIG_FIELDS, allowed_config, allowed_metrics, track, tracking_mode
+from tests.tiny import ct_shards
+from tests.wandb_server import WandbServer
 
 CANARY = "CANARY-doe-jane-1970"
 
@@ -53,18 +63,143 @@ def test_an_offline_run_keeps_metrics_and_no_path(no_wandb_environment, tmp_path
     assert CANARY.encode() not in content
 
 
-def test_an_unreachable_server_costs_seconds_and_nothing_else(
-    no_wandb_environment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    with socket.socket() as closed:  # bound, never listening: every connection is refused
-        closed.bind(("127.0.0.1", 0))
-        monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{closed.getsockname()[1]}")
-        monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
-        started = time.monotonic()
-        with track(config("online"), tmp_path, rank=0) as tracker:
-            tracker({"loss": 1.0}, step=1)
-        assert time.monotonic() - started < 30
-    assert list((tmp_path / "wandb").glob("offline-run-*"))
+@pytest.fixture
+def server(no_wandb_environment, monkeypatch: pytest.MonkeyPatch):
+    server = WandbServer()
+    monkeypatch.setenv("WANDB_BASE_URL", server.url)
+    monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="module")
+def ct(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return ct_shards(tmp_path_factory.mktemp("ct") / "shards")
+
+
+def run_watched(shards: Path, storage: Path, mode: str, *failure: str, pictures: int = 0) -> tuple[float, str]:
+    """In a process of its own; returns its seconds, all that W&B does as it ends included, and what it said."""
+    command = [sys.executable, "-m", "tests.watched_run", str(shards), str(storage), mode, str(pictures), *failure]
+    started = time.monotonic()
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    return time.monotonic() - started, done.stdout + done.stderr
+
+
+def weights(storage: Path) -> bytes:
+    return (storage / "watched" / "epoch_0003" / "model.safetensors").read_bytes()
+
+
+def own_lines(said: str) -> list[str]:
+    """What the run prints, without speeds."""
+    return [re.sub(r"[\d.]+ clips/s", "", line) for line in said.splitlines() if line.startswith("epoch")]
+
+
+def test_a_run_sends_what_is_allowed_and_a_resumed_one_goes_on_in_it(server: WandbServer, ct: Path, tmp_path: Path):
+    _, said = run_watched(ct, tmp_path, "online", pictures=2)
+    (run,) = server.history
+    first = server.upserts[0]
+    assert (first["displayName"], first["project"], first["name"]) == ("watched", "mp3d", run)
+    sent = {name: value for name, value in json.loads(first["config"]).items() if name != "_wandb"}
+    assert sent.keys() == set(CONFIG_FIELDS)
+    assert sent["optim"]["value"]["lr"] == 3e-3
+    scored = [row for row in server.history[run] if "froc_mean" in row]
+    assert [row["_step"] for row in scored] == [3, 6, 9]
+    assert any("system.memory_percent" in row for row in server.events[run])
+    shown = [name for name in server.files if name.endswith(".png")]
+    assert len(shown) == 6
+    artifact = next(variables for name, variables in server.operations if name.startswith("CreateArtifact"))
+    assert "watched-checkpoint" in json.dumps(artifact)
+    best = open_checkpoint(tmp_path / "watched")
+    assert best.digest in json.dumps(artifact) or any(best.digest.encode() in body for body in server.bodies)
+    # the last epoch is lost, and trained again
+    shutil.rmtree(tmp_path / "watched" / "epoch_0003")
+    run_watched(ct, tmp_path, "online")
+    assert {upsert["name"] for upsert in server.upserts} == {run}
+    assert {name for name, _ in server.operations} >= {"RunResumeStatus", "UpsertBucket"}
+    forbidden = [socket.gethostname(), getpass.getuser(), str(tmp_path), str(ct), "watched_run", "python -m"]
+    everything = b"".join(server.bodies)
+    assert [word for word in forbidden if len(word) > 4 and word.encode() in everything] == []
+
+
+@pytest.mark.acceptance
+def test_an_offline_run_is_sent_later(server: WandbServer, ct: Path, tmp_path: Path):
+    run_watched(ct, tmp_path, "offline")
+    assert server.history == {}
+    (folder,) = (tmp_path / "watched" / "wandb").glob("offline-run-*")
+    tool = Path(sys.executable).with_name("wandb")
+    subprocess.run([str(tool), "sync", str(folder)], check=True, capture_output=True, timeout=120, cwd=tmp_path)
+    (rows,) = server.history.values()
+    assert [row["_step"] for row in rows if "froc_mean" in row] == [3, 6, 9]
+
+
+FAULTS = ("refuse", "silent", "error", "garbage")
+PHASES = ("start", "middle", "end")
+LOST_S = 15
+
+
+def check_fault(server: WandbServer, ct: Path, folder: Path, phase: str, fault: str) -> None:
+    plain_s, plain_said = run_watched(ct, folder / "plain", "disabled")
+    if phase == "start":
+        server.turn(fault)
+    took_s, said = run_watched(ct, folder / "watched", "online", phase, fault, server.url)
+    assert weights(folder / "watched") == weights(folder / "plain")
+    assert own_lines(said) == own_lines(plain_said)
+    assert took_s - plain_s < LOST_S + import_s()
+    kept = list((folder / "watched" / "watched" / "wandb").glob("*run-*/*.wandb"))
+    assert any(b"froc_mean" in path.read_bytes() for path in kept), "what could not be sent is there to be synced"
+
+
+def import_s() -> float:
+    """What W&B's client takes to load here, server or not."""
+    started = time.monotonic()
+    subprocess.run([sys.executable, "-c", "import wandb"], check=True)
+    return time.monotonic() - started
+
+
+def test_a_server_that_is_lost_costs_seconds_and_nothing_else(server: WandbServer, ct: Path, tmp_path: Path):
+    check_fault(server, ct, tmp_path, "middle", "silent")
+
+
+@pytest.mark.acceptance
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("phase", PHASES)
+def test_whenever_and_however_the_server_fails(server: WandbServer, ct: Path, tmp_path: Path, phase: str, fault: str):
+    check_fault(server, ct, tmp_path, phase, fault)
+
+
+def test_a_full_disk_under_wandb_stops_no_run(no_wandb_environment, tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    (tmp_path / "wandb").write_text("a file where its folder should be")
+    with track(config("offline"), tmp_path, rank=0) as tracker:
+        tracker({"loss": 1.0}, step=1)
+        tracker.show([], step=1)
+
+
+def test_fields_that_are_sent_are_numbers_and_choices():
+    """Free text could hold anything; a new field of that kind has to be left out."""
+
+    def texts(kind: Any, path: str) -> list[str]:
+        if isinstance(kind, type) and issubclass(kind, Config):
+            return [
+                found
+                for name, field in kind.model_fields.items()
+                for found in texts(field.annotation, f"{path}.{name}")
+            ]
+        if get_origin(kind) is Literal:
+            return []
+        if kind is str:
+            return [path]
+        return [found for inner in get_args(kind) for found in texts(inner, path)]
+
+    fields = TrainConfig.model_fields
+    assert [found for name in CONFIG_FIELDS for found in texts(fields[name].annotation, name)] == []
+    assert texts(fields["shards"].annotation, "shards") == ["shards"], "the search finds what it looks for"
+    assert allowed_config(config("offline")).keys() == set(CONFIG_FIELDS)
+
+
+def test_metrics_that_are_sent_are_numbers_under_plain_names():
+    odd = {"loss": 1, "sensitivity@0.5": 0.5, "nan": float("nan"), "Doe^Jane": 1.0, "note": CANARY, f"x {CANARY}": 2}
+    assert allowed_metrics(odd) == {"loss": 1.0, "sensitivity@0.5": 0.5}
 
 
 def test_other_ranks_are_silent(tmp_path: Path):

@@ -1,5 +1,6 @@
 """The loop on tiny data: it learns, it resumes to the bit, it refuses what it cannot use."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -7,11 +8,14 @@ import pytest
 import torch
 
 from mp3d.checkpoint import open_checkpoint
-from mp3d.errors import CheckpointError, ConfigError, DataError
+from mp3d.data.shard import write_manifest
+from mp3d.errors import CheckpointError, ConfigError, DataError, ResourceError
 from mp3d.launch import run_training
-from mp3d.session import PlainSession, read_metrics
+from mp3d.run_folder import read_metrics
+from mp3d.session import PlainSession
 from mp3d.step import TrainingDiverged
 from mp3d.train import check_inputs, train
+from tests.gloo_workers import train_on_gloo
 from tests.tiny import classifier_config, ct_shards, detector_config, picture_shards
 
 
@@ -145,7 +149,7 @@ def test_every_checkpoint_damaged_is_refused(ct: Path, tmp_path: Path):
     config = detector_config(ct, tmp_path, loop__epochs=1, loop__steps_per_epoch=1)
     run = run_training(config)
     (run / "epoch_0001" / "model.safetensors").write_bytes(b"torn")
-    with pytest.warns(UserWarning, match="passed over"), pytest.raises(CheckpointError, match="every checkpoint"):
+    with pytest.raises(CheckpointError, match="every checkpoint"):
         run_training(config)
 
 
@@ -163,6 +167,37 @@ def test_unusable_inputs_are_refused_before_anything_starts(
     shards = pictures if "model.head" in changes else ct
     with pytest.raises(error, match=message):
         check_inputs(detector_config(shards, tmp_path).override(changes))
+
+
+def test_an_empty_data_set_is_refused_before_the_run_exists(ct: Path, tmp_path: Path):
+    shards = tmp_path / "shards"
+    shutil.copytree(ct, shards)
+    content = json.loads((shards / "manifest.json").read_text())
+    for left, said in (([], "no series in split 'train', only in: none"), (["train"], "no series in split 'val'")):
+        series = [entry for entry in content["series"] if entry["split"] in left]
+        rest = {name: value for name, value in content.items() if name not in ("digest", "format_version")}
+        write_manifest(shards, rest | {"series": series})
+        with pytest.raises(DataError, match=said):
+            run_training(detector_config(shards, tmp_path))
+    assert not (tmp_path / "detector").exists()
+
+
+def test_a_missing_gpu_is_refused_before_the_run_exists(ct: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ResourceError, match="PyTorch sees none here"):
+        run_training(detector_config(ct, tmp_path, launch__accelerator="gpu"))
+    assert not (tmp_path / "detector").exists()
+
+
+@pytest.mark.acceptance
+def test_three_workers_go_on_to_the_same_weights(ct: Path, tmp_path: Path):
+    """Sums of more than two gradients depend on their order."""
+    config = detector_config(ct, tmp_path, loop__num_workers=3, loop__batch_size=1)
+    unbroken = train_on_gloo(config, tmp_path / "unbroken", 3)
+    broken = train_on_gloo(config, tmp_path / "broken", 3, stop_after=1)
+    train_on_gloo(config, broken, 3)
+    expected, got = weights(unbroken, 2), weights(broken, 2)
+    assert [name for name in expected if not torch.equal(expected[name], got[name])] == []
 
 
 def test_shards_without_boxes_cannot_train_a_detector(pictures: Path, tmp_path: Path):

@@ -35,7 +35,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[dict[str, An
     ct, pictures = ct_shards(folder / "ct", patients=6), picture_shards(folder / "pictures")
     balls = ball_shards(folder / "balls")
     windows = detector_config(ct, folder, loop__negatives=1.0)
-    slabs = windows.override({"clip.num_key_slices": 5})
+    slabs = windows.override({"clip.num_key_slices": 9})
     classes = classifier_config(pictures, folder)
     masks = ball_config(balls, folder, SegmentationHead(dropout=0))
     normalised = {"model.norm": "bn"}

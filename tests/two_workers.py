@@ -17,7 +17,7 @@ from mp3d.data.batches import ClipDataset, batched, training_loader
 from mp3d.data.shard import open_shards
 from mp3d.data.stream import Stream
 from mp3d.session import PlainSession, Save
-from mp3d.step import Run, train_step
+from mp3d.step import Run, train_step, wrap_model
 from mp3d.train import start, training_samples
 
 
@@ -106,9 +106,10 @@ def _steps(config: TrainConfig, session: PlainSession, steps: int) -> list[dict[
         shards, stream.samples, config.clip, config.augment, config.loop.seed, every_slice=every_slice
     )
     run = start(config, session, steps)
+    wrap_model(run)
     run.model.train()
     loader = training_loader(
-        dataset, stream, batch_size=config.loop.batch_size, accumulate=config.loop.accumulate, steps=range(steps),
+        dataset, stream, batch_size=config.loop.batch_size, steps=range(steps * config.loop.accumulate),
         rank=session.rank, world_size=session.world_size, workers=0,
     )  # fmt: skip
     taken = []

@@ -133,6 +133,11 @@ class LoopConfig(Config):
     """Training processes; the global batch is ``batch_size * accumulate * num_workers``."""
     accumulate: PositiveInt = 1
     """Batches per worker whose gradients make one step."""
+    min_workers: PositiveInt | None = None
+    """Elastic: Ray Train goes on with as few as this where nodes are lost, and with more again where they come back.
+    With fewer workers an epoch has more steps, of a learning rate smaller in proportion: about the same samples and the
+    same progress, but not the same bits as an unbroken run. None: always ``num_workers``.
+    """
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """auto: bf16 where the device computes in it, else fp32."""
     compile: bool = False
@@ -165,6 +170,12 @@ class LoopConfig(Config):
         """Clips of one step of one worker."""
         return self.batch_size * self.accumulate
 
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.min_workers is not None and self.min_workers > self.num_workers:
+            raise ValueError(f"min_workers is {self.min_workers}, above num_workers, which is {self.num_workers}")
+        return self
+
 
 class LaunchConfig(Config):
     """Where it runs; nothing here changes the trained weights, so it may differ when a run is resumed."""
@@ -182,10 +193,16 @@ class LaunchConfig(Config):
     """Folder on each node's own disk, where CT series are kept decoded once they were read; None: no cache."""
     cache_gb: PositiveFloat = 100.0
     """Most that the cache may hold; a series of 300 slices of 512 x 512 takes 0.16."""
+    ingest: Literal["pyarrow", "ray_data"] = "pyarrow"
+    """Who reads clips: each training process and its ``loader_workers``; or Ray Data tasks on the CPUs of the whole
+    cluster (ray), in the same order to the same batches.
+    """
     keep_checkpoints: PositiveInt = 2
     """Best checkpoints kept; the latest is always kept."""
     max_failures: NonNegativeInt = 2
     """Restarts of the worker group after a lost worker (ray)."""
+    resize_interval_s: PositiveFloat = 60.0
+    """How often an elastic run looks for more workers (``loop.min_workers``)."""
     wait_for_resources_s: NonNegativeFloat = 0.0
     """How long to wait for missing CPUs or GPUs (an autoscaler) before giving up."""
 
@@ -197,6 +214,8 @@ class TrackingConfig(Config):
     """auto: online where an API key is present, else offline."""
     project: str = "mp3d"
     group: str | None = None
+    pictures: NonNegativeInt = 0
+    """Validation slices with boxes, sent after every epoch. They show patients: 0 sends none."""
 
 
 class TrainConfig(Config):

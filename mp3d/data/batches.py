@@ -149,18 +149,17 @@ def training_loader(
     stream: Stream,
     *,
     batch_size: int,
-    accumulate: int = 1,
     steps: range,
     rank: int,
     world_size: int,
     workers: int,
 ) -> DataLoader:
-    """Batches of one rank for a range of global steps, ``accumulate`` for each.
+    """Batches of one rank for a range of global steps; where gradients of several batches are summed, each counts as
+    one.
 
-    The clips of a global step are the same however they are dealt to batches and ranks.
+    The clips of a global step are the same however they are dealt to ranks.
     """
-    parts = range(steps.start * accumulate, steps.stop * accumulate)
-    places = [[stream.place((part * world_size + rank) * batch_size + i) for i in range(batch_size)] for part in parts]
+    places = [[stream.place((step * world_size + rank) * batch_size + i) for i in range(batch_size)] for step in steps]
     return DataLoader(dataset, batch_sampler=places, collate_fn=collate, num_workers=workers, persistent_workers=False)
 
 

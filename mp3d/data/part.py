@@ -3,9 +3,7 @@
 import json
 import logging
 import os
-import pickle
 import signal
-import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from hashlib import sha256
@@ -170,16 +168,14 @@ def run_on_ray(parts: Sequence[Part]) -> Iterator[tuple[int, int]]:
     if not parts:
         return
     import ray.data
-    from ray import cloudpickle
 
     quiet_ray_data()
     context = ray.data.DataContext.get_current().copy()
     context.execution_options.preserve_order = True
     context.enable_progress_bars = False  # the caller tells the progress, in rows and rejects
     with ray.data.DataContext.current(context):
-        # the headers of the slices of a series are much alike, and all of them lie in Ray's memory at once
-        rows = [{"part": zlib.compress(cloudpickle.dumps(part), 1)} for part in parts]  # pyright: ignore[reportPrivateImportUsage]
-        reports = ray.data.from_items(rows, override_num_blocks=len(rows)).map(_prepare_pickled, num_cpus=1)
+        rows = ray.data.range(len(parts), override_num_blocks=len(parts))
+        reports = rows.map(_PreparePart(parts), num_cpus=1)
         for report in reports.iter_rows():
             if report["errno"]:
                 raise OSError(report["errno"], os.strerror(report["errno"]))
@@ -192,16 +188,26 @@ def quiet_ray_data() -> None:
     logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
 
 
-def _prepare_pickled(row: dict[str, Any]) -> dict[str, Any]:
-    """Rows, rejects, and the ``errno`` of a folder that cannot be written, else 0: Ray would wrap the error, and print
-    where it was."""
-    try:
-        rows, rejects = prepare_part(pickle.loads(zlib.decompress(row["part"])), repeated=True)
-    except OSError as error:
-        if not (is_disk_full(error) or is_not_writable(error)):
-            raise
-        return {"rows": 0, "rejects": 0, "errno": error.errno}
-    return {"rows": rows, "rejects": rejects, "errno": 0}
+class _PreparePart:
+    """What a task does; it travels to each process once, as Ray sends functions. The parts lie in Ray's store."""
+
+    def __init__(self, parts: Sequence[Part]) -> None:
+        import ray
+
+        self.parts = [ray.put(part) for part in parts]
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        """Rows, rejects, and the ``errno`` of a folder that cannot be written, else 0: Ray would wrap the error, and
+        print where it was."""
+        import ray
+
+        try:
+            rows, rejects = prepare_part(ray.get(self.parts[row["id"]]), repeated=True)
+        except OSError as error:
+            if not (is_disk_full(error) or is_not_writable(error)):
+                raise
+            return {"rows": 0, "rejects": 0, "errno": error.errno}
+        return {"rows": rows, "rejects": rejects, "errno": 0}
 
 
 def _load_rows(item: Item, split: str, part: Part, repeated: bool) -> tuple[list[Row], Sequence[str], Refused]:
