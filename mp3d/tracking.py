@@ -6,13 +6,13 @@ offline within seconds. Code, git state, console and host paths are not sent. A 
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from mp3d.config import TrainConfig
+from mp3d.config import TrackingConfig, TrainConfig
 
 INIT_TIMEOUT_S = 10
 """How long ``wandb.init`` may look for its server."""
@@ -57,15 +57,6 @@ def _start(config: TrainConfig, run_dir: Path, mode: Mode) -> Any:
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # its own crash reports would name this machine
     import wandb
 
-    settings = wandb.Settings(
-        console="off",
-        disable_code=True,
-        disable_git=True,
-        save_code=False,
-        silent=True,
-        init_timeout=INIT_TIMEOUT_S,
-        x_disable_machine_info=True,
-    )
     run_dir.mkdir(parents=True, exist_ok=True)
     known = {
         "project": config.tracking.project,
@@ -79,7 +70,7 @@ def _start(config: TrainConfig, run_dir: Path, mode: Mode) -> Any:
         "config": config.model_dump(mode="json", exclude={"shards", "init_from", "launch", "tracking"}),
     }
     try:
-        return wandb.init(**known, mode=mode, settings=settings)
+        return wandb.init(**known, mode=mode, settings=_settings())
     except Exception as error:  # the boundary of a service that the run must not depend on
         wandb.teardown()  # else its helper process holds the run's id
         if mode == "offline":
@@ -87,6 +78,56 @@ def _start(config: TrainConfig, run_dir: Path, mode: Mode) -> Any:
             return None
         log.warning("W&B cannot be reached (%s); tracking offline, `wandb sync` sends it later", type(error).__name__)
         return _start(config, run_dir, "offline")
+
+
+def track_report(
+    config: TrackingConfig, name: str, folder: Path, numbers: Mapping[str, float], pictures: Mapping[str, Path]
+) -> None:
+    """A W&B run of its own for an evaluation, with its headline numbers and the figures of its report.
+
+    Args:
+        name: of what was evaluated.
+        folder: of the report; W&B's files go there where it is offline.
+    """
+    mode = tracking_mode(config.mode)
+    if mode == "disabled":
+        return
+    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+    import wandb
+
+    known = {
+        "project": config.project,
+        "group": config.group,
+        "name": f"{name}-evaluation",
+        "job_type": "evaluation",
+        "reinit": "create_new",
+        "dir": str(folder),
+        "settings": _settings(),
+    }
+    try:
+        run = wandb.init(**known, mode=mode)
+    except Exception as error:  # the boundary of a service that nothing must depend on
+        wandb.teardown()
+        log.warning("W&B cannot be reached (%s); the report is not sent", type(error).__name__)
+        return
+    shown = {f"report/{picture}": wandb.Image(str(path)) for picture, path in pictures.items()}
+    _guarded(run.log, {**numbers, **shown})
+    _guarded(run.finish)
+
+
+def _settings() -> Any:
+    """Nothing of this machine or the code is sent."""
+    import wandb
+
+    return wandb.Settings(
+        console="off",
+        disable_code=True,
+        disable_git=True,
+        save_code=False,
+        silent=True,
+        init_timeout=INIT_TIMEOUT_S,
+        x_disable_machine_info=True,
+    )
 
 
 def _guarded(call: Any, *args: Any, **kwargs: Any) -> None:

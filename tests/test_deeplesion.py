@@ -222,7 +222,7 @@ def test_broken_slices_are_refused(root, damage, reason):
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        (lesion("000001_01_01", 100, Train_Val_Test="4"), "line 2: no column or split '4'"),
+        (lesion("000001_01_01", 100, Train_Val_Test="4"), "line 2: no column, split or lesion type '4'"),
         (lesion("000001_01_01", 100, Bounding_boxes="1, 2, 3"), "line 2 cannot be parsed"),
         (lesion("000001_01_01", 100, File_name="a/../../etc_100.png"), "is not like"),
         (lesion("000001_01_01", 100, File_name="x"), "line 2 cannot be parsed"),

@@ -27,7 +27,7 @@ from mp3d.evaluation import (
     without_context,
     write_predictions,
 )
-from mp3d.metrics.froc import MP3D_PORT, THREE_DCE_MULAN
+from mp3d.metrics.protocols import MP3D_PORT, THREE_DCE_MULAN
 from mp3d.models import build_model
 from mp3d.predict import Predictor
 from mp3d.sample import Clip

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from mp3d.evaluation import Evaluation, KeySliceResult, evaluate_detector
-from mp3d.metrics.froc import MP3D_PORT, THREE_DCE_MULAN
+from mp3d.metrics.protocols import MP3D_PORT, THREE_DCE_MULAN
 from mp3d.report import write_report
 from mp3d.report.figures import LUNG, SOFT_TISSUE, TRUE_COLOUR, display_window, draw_key_slice
 from mp3d.report.gallery import choose_exhibits

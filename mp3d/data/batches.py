@@ -37,6 +37,9 @@ class SliceInfo:
     z_index: int
     spacing_mm: tuple[float, float, float] | None
     """z, y, x."""
+    lesion_types: tuple[str | None, ...] | None = None
+    """Of its boxes, as ``instances``; None where they are not known."""
+    instances: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -217,8 +220,14 @@ def _locally_shuffled(samples: dict[int, Sample], rng: np.random.Generator) -> I
         yield rng.permutation(np.concatenate(order[start : start + PICTURE_GROUPS_MIXED]))
 
 
+def slice_truth(row: Row, entry: SeriesEntry) -> tuple[Target, SliceInfo]:
+    """What is true of one stored slice, and which it is."""
+    return _target(row), _info(row, entry)
+
+
 def _info(row: Row, entry: SeriesEntry) -> SliceInfo:
-    return SliceInfo(row["patient"], row["series"], row["z_index"], entry.spacing_mm)
+    types, instances = (None if row[name] is None else tuple(row[name]) for name in ("lesion_types", "instances"))
+    return SliceInfo(row["patient"], row["series"], row["z_index"], entry.spacing_mm, types, instances)
 
 
 def _target(row: Row) -> Target:
