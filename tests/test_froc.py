@@ -150,11 +150,7 @@ def slow_froc(detections, truths, protocol):
     found = [set() for _ in truths]
     num_false, fps, sensitivity = 0, [], []
     for _, i, box in sorted(pooled, key=lambda each: -each[0]):
-        overlaps = [
-            j
-            for j, true_box in enumerate(truths[i])
-            if protocol.overlap(box, true_box) >= protocol.threshold
-        ]
+        overlaps = [j for j, true_box in enumerate(truths[i]) if protocol.overlap(box, true_box) >= protocol.threshold]
         num_false += not overlaps
         found[i].update(overlaps)
         fps.append(num_false / len(truths))

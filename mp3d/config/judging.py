@@ -97,6 +97,10 @@ class PredictConfig(Config):
     """
     out: str
     """Folder for findings.json, findings.csv and the pictures."""
+    volumes: str = "*"
+    """Which NIfTI, NRRD and MetaImage files of the folder are meant, by a pattern of their names: masks may lie beside
+    them.
+    """
     score_threshold: Fraction | None = None
     """Boxes below it are not reported; None: the operating point."""
     fps_per_image: PositiveFloat = 1.0

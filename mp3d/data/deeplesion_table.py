@@ -10,8 +10,15 @@ from mp3d.errors import DataError
 
 SPLIT_NAMES = {"1": "train", "2": "val", "3": "test"}
 LESION_TYPES: dict[str, str | None] = {
-    **{"-1": None, "1": "bone", "2": "abdomen", "3": "mediastinum", "4": "liver"},
-    **{"5": "lung", "6": "kidney", "7": "soft tissue", "8": "pelvis"},
+    "-1": None,
+    "1": "bone",
+    "2": "abdomen",
+    "3": "mediastinum",
+    "4": "liver",
+    "5": "lung",
+    "6": "kidney",
+    "7": "soft tissue",
+    "8": "pelvis",
 }
 """Of ``Coarse_lesion_type``; the training split has none."""
 SERIES_FOLDER = re.compile(r"\d{6}_\d{2}_\d{2}")

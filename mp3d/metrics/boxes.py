@@ -28,7 +28,7 @@ def box_iou_plus_one(boxes: Boxes, others: Boxes) -> Shares:
 
 
 def box_iobb(boxes: Boxes, others: Boxes, plus_one: bool = False) -> Shares:
-    """Intersection over the found box, ``boxes``: so small boxes on a part of a lesion are hits (Yan et al., DeepLesion,
+    """Intersection over the found box, ``boxes``: small boxes on a part of a lesion hit it (Yan et al., DeepLesion,
     JMI 2018).
     """
     intersection = _intersection(boxes, others, plus_one)

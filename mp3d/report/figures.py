@@ -10,12 +10,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
+from mp3d.data.series import Volume
 from mp3d.evaluation import KeySliceResult
 from mp3d.evaluation.detection import Stratum
 from mp3d.metrics.bootstrap import Interval
 from mp3d.metrics.calibration import Calibration
 from mp3d.metrics.froc import FrocResult
-from mp3d.report.windows import Window
+from mp3d.report.windows import Window, display_window
 
 CURVE_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 """Okabe and Ito's palette, which colour-blind readers can tell apart; line styles and markers differ as well."""
@@ -39,8 +40,29 @@ def draw_key_slice(
 
     True boxes are green and solid, detections from ``threshold`` on orange and dashed.
     """
+    reported = result.scores >= threshold
+    found = (result.boxes[reported], result.scores[reported])
+    return _draw_slice(image, result.spacing_mm, result.true_boxes, *found, focus, window)
+
+
+def draw_findings(volume: Volume, slice_index: int, focus: np.ndarray, boxes: np.ndarray, scores: np.ndarray) -> bytes:
+    """As :func:`draw_key_slice`, of a series without labels: the boxes on one of its slices."""
+    image = volume.hu[slice_index]
+    window = display_window(image, focus)
+    return _draw_slice(image, volume.spacing_mm, np.zeros((0, 4)), boxes, scores, focus, window)
+
+
+def _draw_slice(
+    image: np.ndarray,
+    spacing_mm: tuple[float, float, float],
+    true_boxes: np.ndarray,
+    boxes: np.ndarray,
+    scores: np.ndarray,
+    focus: np.ndarray,
+    window: Window,
+) -> bytes:
     figure = Figure(figsize=(8, 4), dpi=100, facecolor="black")
-    _, row_mm, column_mm = result.spacing_mm
+    _, row_mm, column_mm = spacing_mm
     whole, close = (figure.add_axes((left, 0, 0.5, 1)) for left in (0, 0.5))
     for axes in (whole, close):
         axes.imshow(
@@ -53,12 +75,13 @@ def draw_key_slice(
             extent=(0, image.shape[1], image.shape[0], 0),  # half-open pixel edges, as the boxes have
         )
         axes.set_axis_off()
-        _draw_boxes(axes, result, threshold)
+        _draw_boxes(axes, true_boxes, TRUE_COLOUR, "-")
+        _draw_boxes(axes, boxes, FOUND_COLOUR, (0, (4, 2)))
 
     x1, y1, x2, y2 = _close_up(focus, image.shape)
     whole.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor="white", linewidth=0.7, alpha=0.8))
     close.set(xlim=(x1, x2), ylim=(y2, y1))
-    for box, score in _reported(result, threshold):
+    for box, score in zip(boxes, scores.tolist(), strict=True):
         if box[0] < x2 and box[2] > x1 and box[1] < y2 and box[3] > y1:
             corner = (max(box[0], x1), max(box[1], y1 + 0.07 * (y2 - y1)))
             close.annotate(f"{score:.2f}", corner, (2, 4), color=FOUND_COLOUR, **LABEL)
@@ -175,19 +198,10 @@ def _visible(curve: FrocResult, last_tick: float) -> tuple[np.ndarray, np.ndarra
     return np.r_[LOWEST_FPS, fps[inside]], np.r_[start, sensitivity[inside]]
 
 
-def _draw_boxes(axes: Axes, result: KeySliceResult, threshold: float) -> None:
-    for x1, y1, x2, y2 in result.true_boxes:
-        axes.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=TRUE_COLOUR, linewidth=1.6))
-    for (x1, y1, x2, y2), _ in _reported(result, threshold):
-        axes.add_patch(
-            Rectangle(
-                (x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=FOUND_COLOUR, linewidth=1.6, linestyle=(0, (4, 2))
-            )
-        )
-
-
-def _reported(result: KeySliceResult, threshold: float) -> list[tuple[np.ndarray, float]]:
-    return [(box, float(score)) for box, score in zip(result.boxes, result.scores, strict=True) if score >= threshold]
+def _draw_boxes(axes: Axes, boxes: np.ndarray, colour: str, line: str | tuple) -> None:
+    for x1, y1, x2, y2 in boxes:
+        patch = Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=colour, linewidth=1.6, linestyle=line)
+        axes.add_patch(patch)
 
 
 def _close_up(focus: np.ndarray, shape: tuple[int, ...]) -> tuple[float, float, float, float]:
