@@ -143,7 +143,7 @@ class SeriesActor:
             return [{"answer": json.dumps(answer)}]
         findings = self.predictor.find_lesions(volume, self.config.score_threshold or 0.0)
         grid_mm = self.predictor.clip.slice_spacing_mm
-        lesions = group_findings(findings, volume, grid_mm, self.config.link_iou)
+        lesions = group_findings(findings, volume, grid_mm, self.config.link_overlap)
         pictures = self._draw(task["number"], volume, lesions)
         answer = {
             "name": series.name,
@@ -220,7 +220,7 @@ def write_findings(
         "protocol": {
             "num_slices": checkpoint.config.clip.num_slices,
             "slice_spacing_mm": checkpoint.config.clip.slice_spacing_mm,
-            "link_iou": config.link_iou,
+            "link_overlap": config.link_overlap,
         },
         "series": list(read),
         "refused": list(rejects),

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from mp3d.data.series import Volume
-from mp3d.lesions import LINK_IOU, LinkedLesion, link_boxes, reach_in_slices
+from mp3d.lesions import LINK_OVERLAP, LinkedLesion, link_boxes, reach_in_slices
 from mp3d.predict import Finding, Point, edge_to_lps_mm
 
 
@@ -41,7 +41,7 @@ class Lesion:
 
 
 def group_findings(
-    findings: Sequence[Finding], volume: Volume, grid_spacing_mm: float | None, min_iou: float = LINK_IOU
+    findings: Sequence[Finding], volume: Volume, grid_spacing_mm: float | None, min_overlap: float = LINK_OVERLAP
 ) -> list[Lesion]:
     """The findings of one series as lesions, best first (:func:`mp3d.lesions.link_boxes`).
 
@@ -54,7 +54,7 @@ def group_findings(
         scores=np.array([finding.score for finding in findings], float),
         labels=np.array([finding.label for finding in findings], int),
         reach=reach_in_slices(volume.spacing_mm[0], grid_spacing_mm),
-        min_iou=min_iou,
+        min_overlap=min_overlap,
     )
     return [_lesion(each, findings, volume) for each in linked]
 

@@ -1,8 +1,8 @@
 """Boxes on slices become lesions in space: this project's own rule, as the method finds lesions slice by slice.
 
-Slices are gone through in ascending order. A box goes on with the lesion whose last box, on a slice not farther than
-the reach, it overlaps most; pairs are formed from the largest overlap down, one box a slice and lesion. What is left
-begins a lesion. So a lesion has at most one box on a slice, and no order of the boxes changes the result.
+Slices are gone through in ascending order. A box goes on with a lesion whose last box, on a slice not farther than the
+reach, it overlaps: they share enough of the smaller of the two, because the ends of a round lesion are far smaller than
+what follows. Pairs are formed from the largest IoU down, one box a slice and lesion. What is left begins a lesion. So a lesion has at most one box on a slice, and no order of the boxes changes the result.
 """
 
 from collections.abc import Sequence
@@ -11,12 +11,10 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float, Int
 
-from mp3d.metrics.boxes import box_iou
+from mp3d.metrics.boxes import box_iobb, box_iou
 
-LINK_IOU = 0.3
-"""Overlap of the boxes on two slices from which on they are of one lesion: a lesion's outline changes from slice to
-slice, but hardly by more than half between neighbours.
-"""
+LINK_OVERLAP = 0.5
+"""Share of the smaller box that two boxes of one lesion have in common."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,7 +52,7 @@ def link_boxes(
     scores: Float[np.ndarray, " n"],
     labels: Int[np.ndarray, " n"],
     reach: int = 1,
-    min_iou: float = LINK_IOU,
+    min_overlap: float = LINK_OVERLAP,
 ) -> list[LinkedLesion]:
     """Group boxes on slices into lesions, best first.
 
@@ -63,17 +61,19 @@ def link_boxes(
         slices: number of the slice of each box.
         labels: boxes of different labels are never of one lesion.
         reach: farthest distance, in slices, of two boxes that follow each other in a lesion; 1: neighbours only.
-        min_iou: least overlap of two such boxes.
+        min_overlap: least share of the smaller one that two such boxes have in common.
     """
     lesions: list[list[int]] = []
     for number in np.unique(slices).tolist():
         here = np.flatnonzero(slices == number)
         near = [index for index, members in enumerate(lesions) if number - slices[members[-1]] <= reach]
         last = np.array([lesions[index][-1] for index in near], int)
-        overlap = box_iou(boxes[last][:, None].astype(float), boxes[here][None].astype(float))
-        overlap[labels[last][:, None] != labels[here][None]] = -1
+        before, now = boxes[last][:, None].astype(float), boxes[here][None].astype(float)
+        overlap = box_iou(before, now)
+        linked = np.maximum(box_iobb(before, now), box_iobb(now, before)) >= min_overlap
+        linked &= labels[last][:, None] == labels[here][None]
         # equal overlaps: the better box first, then the box itself, so that the order given decides nothing
-        rows, columns = np.nonzero(overlap >= min_iou)
+        rows, columns = np.nonzero(linked)
         ties = boxes[here[columns]].T, boxes[last[rows]].T
         order = np.lexsort((*ties[1], *ties[0], -scores[last[rows]], -scores[here[columns]], -overlap[rows, columns]))
         taken: set[int] = set()
@@ -84,8 +84,8 @@ def link_boxes(
                 going_on.add(row)
                 taken.add(column)
         lesions += [[index] for column, index in enumerate(here.tolist()) if column not in taken]
-    linked = [_lesion(members, boxes, slices, scores, labels) for members in lesions]
-    return sorted(linked, key=lambda lesion: (-lesion.score, tuple(lesion.box.tolist())))
+    made = [_lesion(members, boxes, slices, scores, labels) for members in lesions]
+    return sorted(made, key=lambda lesion: (-lesion.score, tuple(lesion.box.tolist())))
 
 
 def reach_in_slices(slice_spacing_mm: float, grid_spacing_mm: float | None) -> int:

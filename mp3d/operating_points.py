@@ -62,7 +62,7 @@ class OperatingPoints:
         """Raises: KeyError, TypeError or ValueError, the content is not of :meth:`as_plain`."""
         plain: dict[str, Any] = dict(content)
         for name in _BY_RATE:
-            plain[name] = {float(fps): value for fps, value in plain[name].items()}
+            plain[name] = dict(sorted((float(fps), value) for fps, value in plain[name].items()))
         return cls(**plain)
 
     def threshold_for(self, fps_per_image: float) -> float:

@@ -5,12 +5,20 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from mp3d.errors import DataError
 from mp3d.metrics.boxes import box_iobb, box_iobb_plus_one, box_iou, centre_closeness
 from mp3d.metrics.froc import froc
-from mp3d.metrics.protocols import IOBB, LENS_3D, LUNA16, MP3D_PORT, NNDETECTION_10, NNDETECTION_50, PROTOCOLS, THREE_DCE_MULAN
+from mp3d.metrics.protocols import (
+    IOBB,
+    LENS_3D,
+    LUNA16,
+    MP3D_PORT,
+    NNDETECTION_10,
+    NNDETECTION_50,
+    PROTOCOLS,
+    THREE_DCE_MULAN,
+)
 from tests.test_froc import boxes, made_images, scored
 
 LESION = [10, 10, 30, 30]

@@ -107,8 +107,10 @@ class PredictConfig(Config):
     """Which operating point of the checkpoint: false positives per image of the validation split."""
     mode: Literal["auto", "window", "slab", "stream"] = "auto"
     """How a series is read (``mp3d/predict.py``)."""
-    link_iou: Fraction = 0.3
-    """Overlap from which on boxes on neighbouring slices are of one lesion (``mp3d/lesions.py``)."""
+    link_overlap: Fraction = 0.5
+    """Share of the smaller of two boxes on neighbouring slices from which on they are of one lesion
+    (``mp3d/lesions.py``).
+    """
     max_pictures: NonNegativeInt = 50
     """Lesions of a series that get a picture, the best first."""
     tilt: Literal["refuse", "shear"] = "refuse"

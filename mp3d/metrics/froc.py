@@ -10,7 +10,7 @@ before its start it is 0.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -68,6 +68,14 @@ class FrocResult:
     mean_sensitivity: float
     num_images: int
     num_lesions: int
+
+    @property
+    def curve(self) -> tuple[Float[np.ndarray, " points"], Float[np.ndarray, " points"]]:
+        """False positives per image and sensitivity where the protocol has points to read between."""
+        if self.protocol.equal_scores == "one by one":
+            return self.fps_per_image, self.sensitivity
+        ends = block_ends(self.thresholds)
+        return np.r_[0.0, self.fps_per_image[ends]], np.r_[0.0, self.sensitivity[ends]]
 
     @property
     def last_fps_per_image(self) -> float:
@@ -133,21 +141,22 @@ def read_curve(matching: Matching, protocol: FrocProtocol) -> FrocResult:
     fps_per_image = np.cumsum(matching.is_false_positive) / matching.num_images
     sensitivity = np.cumsum(found) / matching.num_lesions
     ends = block_ends(matching.scores)
-    curve = (fps_per_image, sensitivity)
-    if protocol.equal_scores == "together":
-        curve = (np.r_[0.0, fps_per_image[ends]], np.r_[0.0, sensitivity[ends]])
-    sensitivity_at = {fps: read_at(*curve, fps) for fps in protocol.fps_per_image}
-    return FrocResult(
+    result = FrocResult(
         protocol=protocol,
         fps_per_image=fps_per_image,
         sensitivity=sensitivity,
         thresholds=matching.scores,
-        sensitivity_at=sensitivity_at,
-        threshold_at={fps: _lowest_score(fps_per_image[ends], matching.scores[ends], fps) for fps in sensitivity_at},
-        mean_sensitivity=float(np.mean([sensitivity_at[fps] for fps in protocol.mean_over])),
+        sensitivity_at={},
+        threshold_at={
+            fps: _lowest_score(fps_per_image[ends], matching.scores[ends], fps) for fps in protocol.fps_per_image
+        },
+        mean_sensitivity=0.0,
         num_images=matching.num_images,
         num_lesions=matching.num_lesions,
     )
+    at = {fps: read_at(*result.curve, fps) for fps in protocol.fps_per_image}
+    mean = float(np.mean([at[fps] for fps in protocol.mean_over]))
+    return replace(result, sensitivity_at=at, mean_sensitivity=mean)
 
 
 def read_at(fps_per_image: np.ndarray, sensitivity: np.ndarray, fps: float) -> float:

@@ -188,8 +188,8 @@ def _label_ends(axes: Axes, curves: Mapping[str, FrocResult]) -> None:
 
 def _visible(curve: FrocResult, last_tick: float) -> tuple[np.ndarray, np.ndarray]:
     """The curve from the left end of the axis to its own end, one point for each false positive count: its highest."""
-    fps, sensitivity = curve.fps_per_image, curve.sensitivity
-    if len(fps) == 0:
+    fps, sensitivity = curve.curve
+    if len(curve.thresholds) == 0:
         return np.array([LOWEST_FPS, last_tick]), np.zeros(2)
     highest = np.flatnonzero(np.diff(fps, append=np.inf))
     fps, sensitivity = fps[highest], sensitivity[highest]

@@ -48,7 +48,10 @@ def split_config(provenance: Mapping[str, str]) -> tuple[dict[str, str], str | N
 
 def _interval(spread: tuple[float, float]) -> str:
     low, high = spread
-    return "–" if math.isnan(low) else f"{signed(low, '.3f')} to {signed(high, '.3f')}"
+    if math.isnan(low):
+        return "–"
+    between = " to " if low < 0 else "–"
+    return f"{signed(low, '.3f')}{between}{signed(high, '.3f')}"
 
 
 def _score(value: float) -> str:
