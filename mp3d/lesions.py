@@ -2,7 +2,8 @@
 
 Slices are gone through in ascending order. A box goes on with a lesion whose last box, on a slice not farther than the
 reach, it overlaps: they share enough of the smaller of the two, because the ends of a round lesion are far smaller than
-what follows. Pairs are formed from the largest IoU down, one box a slice and lesion. What is left begins a lesion. So a lesion has at most one box on a slice, and no order of the boxes changes the result.
+what follows. Pairs are formed from the largest IoU down, one box a slice and lesion. What is left begins a lesion. So a
+lesion has at most one box on a slice, and no order of the boxes changes the result.
 """
 
 from collections.abc import Sequence

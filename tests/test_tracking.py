@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 import wandb
+from PIL import Image
 
 from mp3d.config import TrackingConfig, TrainConfig
-from mp3d.tracking import track, tracking_mode
+from mp3d.tracking import track, track_report, tracking_mode
 
 CANARY = "CANARY-doe-jane-1970"
 
@@ -51,6 +52,21 @@ def test_an_offline_run_keeps_metrics_and_no_path(no_wandb_environment, tmp_path
     content = b"".join(path.read_bytes() for path in files)
     assert b"froc_mean" in content
     assert CANARY.encode() not in content
+
+
+def test_a_report_is_kept_with_its_figures_and_no_path(no_wandb_environment, tmp_path: Path):
+    picture = tmp_path / "froc.png"
+    Image.new("RGB", (8, 8)).save(picture)
+    folder = tmp_path / CANARY
+    folder.mkdir()
+    track_report(TrackingConfig(mode="offline"), "judged", folder, {"froc_mean/LUNA16": 0.5}, {"froc": picture})
+    wandb.teardown()
+    files = [path for path in (folder / "wandb").rglob("*") if path.is_file()]
+    assert any(path.suffix == ".png" for path in files)
+    content = b"".join(path.read_bytes() for path in files)
+    assert b"froc_mean/LUNA16" in content
+    track_report(TrackingConfig(mode="disabled"), "judged", tmp_path / "none", {}, {})
+    assert not (tmp_path / "none").exists()
 
 
 def test_an_unreachable_server_costs_seconds_and_nothing_else(
