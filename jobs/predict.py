@@ -105,15 +105,18 @@ def predict(config: PredictConfig, *, dry_run: bool) -> int:
 
 def answers(config: PredictConfig, listed: Sequence[UnlabelledSeries]) -> Iterator[dict[str, Any]]:
     """Of each series its lesions, or why it was refused; in order."""
-    tasks = [{"number": number, "series": series} for number, series in enumerate(listed, 1)]
-    if config.runner == "local" or not tasks:
-        actor = SeriesActor(config.model_dump()) if tasks else None
+    if not listed:
+        return
+    settings = {"config": config.model_dump(), "series": listed}
+    tasks = [{"number": number} for number in range(1, len(listed) + 1)]
+    if config.runner == "local":
+        actor = SeriesActor(settings)
         for task in tasks:
-            yield from map(json.loads, (row["answer"] for row in actor(task))) if actor else ()
+            yield from (json.loads(row["answer"]) for row in actor(task))
         return
     rows = answers_of_actors(
         SeriesActor,
-        config.model_dump(),
+        settings,
         tasks,
         num_workers=config.num_workers,
         cpus_per_worker=config.cpus_per_worker,
@@ -129,12 +132,14 @@ class SeriesActor:
     def __init__(self, settings: dict[str, Any]) -> None:
         import torch
 
-        self.config = PredictConfig.model_validate(settings)
+        self.config = PredictConfig.model_validate(settings["config"])
+        self.listed: Sequence[UnlabelledSeries] = settings["series"]
         torch.set_num_threads(max(1, int(self.config.cpus_per_worker)))
         self.predictor = Predictor.open(self.config.checkpoint, self.config.accelerator, self.config.mode)
 
-    def __call__(self, task: dict[str, Any]) -> list[dict[str, str]]:
-        series: UnlabelledSeries = task["series"]
+    def __call__(self, task: dict[str, int]) -> list[dict[str, str]]:
+        """JSON, one answer a series."""
+        series = self.listed[task["number"] - 1]
         try:
             with silent_pydicom():
                 volume, stored, warnings = series.load()
