@@ -57,7 +57,7 @@ def _interval(spread: tuple[float, float]) -> str:
 def _score(value: float) -> str:
     if math.isnan(value):
         return "–"
-    return f"{value:.3f}" if value >= 0.0005 else "< 0.001"
+    return f"{value:.3f}" if value >= 0.0005 or value == 0 else "< 0.001"
 
 
 def _short(value: float) -> str:
