@@ -318,6 +318,7 @@ def test_the_window_follows_the_kind_or_what_surrounds_the_box():
     assert display_window(ct_slice(40), box) == SOFT_TISSUE
     assert display_window(ct_slice(-90), box) == SOFT_TISSUE
     assert display_window(ct_slice(-850), np.array([0.0, 0, 96, 96])) == SOFT_TISSUE
+    assert display_window(ct_slice(-1000), box) == SOFT_TISSUE  # the room around an arm
     assert display_window(ct_slice(600), np.array([5.0, 5, 20, 20])) == BONE
     assert display_window(ct_slice(40), box, "liver") == LIVER
     assert display_window(ct_slice(40), box, "lung") == LUNG

@@ -27,6 +27,9 @@ BY_KIND = {
 """Of DeepLesion's coarse types; the others lie in soft tissue."""
 LUNG_BELOW_HU = -400
 """Between aerated lung (about -850 HU) and soft tissue (about 40 HU)."""
+OUTSIDE_HU = -950
+"""Up to which it is the air of the room, or padding, and tells nothing of the organ."""
+MAX_MARGIN_PX = 24.0
 BONE_ABOVE_HU = 250
 """Above contrast in vessels, below cortical bone."""
 
@@ -35,7 +38,8 @@ def display_window(image: np.ndarray, box: np.ndarray, kind: str = "") -> Window
     """The window of a lesion's kind. Where none is known: lung if the median around the box is air-like, bone if half
     of the box is as dense as bone, soft tissue elsewhere.
 
-    What is around is the box enlarged by half its size (at least 4 pixels) on every side, without the box itself.
+    What is around is the box enlarged by half its size (4 to 24 pixels) on every side, without the box itself, and without
+    the room around the patient.
 
     Args:
         image: HU.
@@ -46,12 +50,13 @@ def display_window(image: np.ndarray, box: np.ndarray, kind: str = "") -> Window
         return BY_KIND.get(kind, SOFT_TISSUE)
     height, width = image.shape
     x1, y1, x2, y2 = box
-    margin = max(4.0, 0.5 * max(x2 - x1, y2 - y1))
+    margin = float(np.clip(0.5 * max(x2 - x1, y2 - y1), 4.0, MAX_MARGIN_PX))
     around = np.zeros(image.shape, dtype=bool)
     around[_pixels(y1 - margin, y2 + margin, height), _pixels(x1 - margin, x2 + margin, width)] = True
     inside = image[_pixels(y1, y2, height), _pixels(x1, x2, width)]
     around[_pixels(y1, y2, height), _pixels(x1, x2, width)] = False
-    if around.any() and np.median(image[around]) < LUNG_BELOW_HU:
+    surroundings = image[around & (image > OUTSIDE_HU)]
+    if surroundings.size and np.median(surroundings) < LUNG_BELOW_HU:
         return LUNG
     return BONE if inside.size and np.median(inside) > BONE_ABOVE_HU else SOFT_TISSUE
 
