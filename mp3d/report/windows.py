@@ -38,8 +38,8 @@ def display_window(image: np.ndarray, box: np.ndarray, kind: str = "") -> Window
     """The window of a lesion's kind. Where none is known: lung if the median around the box is air-like, bone if half
     of the box is as dense as bone, soft tissue elsewhere.
 
-    What is around is the box enlarged by half its size (4 to 24 pixels) on every side, without the box itself, and without
-    the room around the patient.
+    What is around is the box enlarged by half its size (4 to 24 pixels) on every side, without the box itself and the
+    room around the patient.
 
     Args:
         image: HU.
