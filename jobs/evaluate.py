@@ -1,244 +1,309 @@
-"""Judge a model on a split: a detector on its annotated key slices, by the authors' FROC, with a report of pictures;
-a classifier by AUC and accuracy, a segmenter by Dice and HD95, case by case.
+"""Judge a model on a split, or the predictions that one made, with a report of pictures: a detector on its annotated
+key slices, or on every slice (--slices all), by every FROC protocol; a classifier by AUC and accuracy, a segmenter by
+Dice and HD95, case by case. Intervals resample patients.
 
-    python jobs/evaluate.py --checkpoint RUN --shards FOLDER --out reports/NAME [--split test] [--ablations]
-                            [--streamed]
+    python jobs/evaluate.py --checkpoint RUN --shards FOLDER --out reports/NAME [--split test] [--slices all]
+                            [--ablations] [--streamed] [--compare OTHER/predictions.parquet]
+    python jobs/evaluate.py --predictions reports/NAME/predictions.parquet --out reports/AGAIN [--shards FOLDER]
     ray job submit --working-dir . -- python jobs/evaluate.py --checkpoint RUN ...
 
-Writes metrics.json and predictions.parquet into --out, and of a detector report.html and froc.png.
+Writes predictions.parquet, metrics.json, report.html and the figures as PNG into --out. A detector's operating points
+are chosen on the validation split and kept beside the checkpoint.
 """
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mp3d import cli
+from mp3d.actors import answers_of_actors
 from mp3d.checkpoint import Checkpoint, open_checkpoint
 from mp3d.config import EvaluateConfig
-from mp3d.data.part import quiet_ray_data
 from mp3d.data.samples import Sample
 from mp3d.data.shard import ShardSet, open_shards
-from mp3d.errors import ConfigError
+from mp3d.errors import ConfigError, DataError
 from mp3d.evaluation import (
     ABLATIONS,
-    Case,
+    CaseEvaluation,
     CasePredictor,
+    ClassifiedCase,
     Evaluation,
     KeySlicePredictor,
-    KeySliceResult,
+    Pictures,
+    Predictions,
+    Record,
+    SeriesPredictor,
     Variant,
-    as_row,
-    case_from_row,
     case_samples,
-    case_scores,
+    chosen_threshold,
+    detection_samples,
+    evaluate_cases,
     evaluate_detector,
-    key_slice_samples,
+    froc_of,
     provenance_of,
-    with_pictures,
-    write_cases,
+    read_predictions,
     write_predictions,
 )
-from mp3d.launch import check_resources, connect_ray, worker_resources
+from mp3d.evaluation.prediction_file import RECORDS, Head
 from mp3d.models.stream import check_streamable
+from mp3d.operating_points import OperatingPoints, keep_operating_points, read_operating_points
 from mp3d.predict import best_mode
-from mp3d.report import write_report
+from mp3d.report import write_case_report, write_report
+from mp3d.tracking import track_report
 
 SAMPLES_PER_TASK = 32
 CASES_PER_TASK = 4
 
 
+@dataclass(frozen=True)
+class Part:
+    """Samples of one split, answered by one variant of the model."""
+
+    variant: Variant
+    split: str
+    samples: list[Sample]
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     command = cli.parse(EvaluateConfig, about=__doc__ or "", argv=argv)
     config = command.config
-    located = {name: cli.absolute(getattr(config, name)) for name in ("checkpoint", "shards", "out")}
+    named = ("checkpoint", "shards", "predictions", "compare", "out")
+    located = {name: cli.absolute(path) for name in named if (path := getattr(config, name)) is not None}
     return evaluate(config.override(located), dry_run=command.dry_run)
 
 
 def evaluate(config: EvaluateConfig, *, dry_run: bool) -> int:
-    checkpoint, shards = open_checkpoint(config.checkpoint), open_shards(config.shards)
-    if checkpoint.config.model.head.kind != "detection":
-        return evaluate_cases(config, checkpoint, shards, dry_run=dry_run)
-    samples = key_slice_samples(config, shards)
-    variants: list[Variant] = ["trained"]
-    if config.streamed:
-        check_streamable(checkpoint.config.model)
-        variants.append("streamed")
-    if config.ablations:
-        variants += ABLATIONS
+    others = {}
+    if config.compare:
+        other = read_predictions(Path(config.compare))
+        others[f"compared: {other.provenance.get('run', 'unnamed')}"] = other
+    shards = open_shards(config.shards) if config.shards else None
+    if config.predictions is not None:
+        predictions = read_predictions(Path(config.predictions))
+        if dry_run:
+            cli.print_plan({"predictions": config.predictions, "records": len(predictions.records), "out": config.out})
+            return 0
+        report(config, predictions, predictions.provenance.get("run", "predictions"), others, shards)
+        return 0
+    checkpoint = open_checkpoint(config.checkpoint or "")
+    if shards is None:
+        raise ConfigError("a checkpoint is judged on data: give --shards")
+    parts = planned(config, checkpoint, shards)
     if dry_run:
         cli.print_plan(
             {
                 "checkpoint": f"{checkpoint.path} (epoch {checkpoint.epoch}, {checkpoint.digest[:12]})",
-                "key slices": f"{len(samples)} of split {config.split!r} of {config.shards}",
-                "variants": ", ".join(variants),
+                **{f"{p.variant}, {p.split}": f"{len(p.samples)} {_what(config, checkpoint)}" for p in parts},
                 "runs on": f"{config.runner}, {config.num_workers} x {config.cpus_per_worker:g} CPU",
                 "writes": config.out,
             }
         )
         return 0
-    predict = predict_on_ray if config.runner == "ray" else predict_here
-    answers = predict(config, samples, variants)
-    out = Path(config.out)
-    out.mkdir(parents=True, exist_ok=True)
-    provenance = provenance_of(checkpoint, shards, config)
-    write_predictions(out / "predictions.parquet", answers["trained"], provenance)
-    evaluation = evaluate_detector(
-        with_pictures(answers["trained"], samples, shards),
-        name=checkpoint.config.name,
-        provenance=provenance,
-        comparisons={variant: answers[variant] for variant in variants[1:]},
+    head: Head = checkpoint.config.model.head.kind
+    answers = (on_ray if config.runner == "ray" else here)(config, head, parts)
+    trained = answers["trained", config.split]
+    point = chosen_on_validation(config, checkpoint, shards, answers)
+    predictions = Predictions(
+        head=head,
+        records=trained,
+        provenance=provenance_of(checkpoint, shards, config),
+        slices=config.slices,
+        grid_spacing_mm=checkpoint.config.clip.slice_spacing_mm if config.slices == "all" else None,
+        operating_point=point,
     )
-    report = write_report(out / "report.html", evaluation)
-    print_scores(evaluation)
-    if config.streamed:
-        streamed = evaluation.comparisons["streamed"].mean_sensitivity
-        checkpoint.record_streaming(evaluation.froc.mean_sensitivity, streamed, provenance)
+    write_predictions(Path(config.out) / "predictions.parquet", predictions)
+    variants = {p.variant: Predictions(head, answers[p.variant, p.split]) for p in parts if p.variant != "trained"}
+    evaluation = report(config, predictions, checkpoint.config.name, {**variants, **others}, shards)
+    if config.streamed and isinstance(evaluation, Evaluation):
+        streamed = evaluation.comparisons["streamed"].froc.mean_sensitivity
+        checkpoint.record_streaming(evaluation.froc.mean_sensitivity, streamed, predictions.provenance)
         print(f"whole series are read in mode {best_mode(checkpoint)} from now on")
-    print(f"report: {report}")
     return 0
 
 
-def evaluate_cases(config: EvaluateConfig, checkpoint: Checkpoint, shards: ShardSet, *, dry_run: bool) -> int:
-    """Of a classifier or a segmenter."""
+def planned(config: EvaluateConfig, checkpoint: Checkpoint, shards: ShardSet) -> list[Part]:
+    """What is to be answered: the judged split, the validation split where something is chosen on it, the variants."""
+    model = checkpoint.config.model
+    if model.head.kind != "detection":
+        if config.streamed or config.ablations or config.slices == "all":
+            told = "--streamed, --ablations and --slices are for detectors"
+            raise ConfigError(f"{told}; {checkpoint.path} has a {model.head.kind} head")
+        splits = [config.split]
+        two_classes = model.head.kind == "classification" and model.head.num_classes == 2
+        if two_classes and config.threshold == "val" and config.split != "val":
+            splits.append("val")
+        return [Part("trained", split, case_samples(config, model, shards, split)) for split in splits]
+    samples = detection_samples(config, shards)
+    parts = [Part("trained", config.split, samples)]
+    if config.streamed:
+        check_streamable(model)
+        parts.append(Part("streamed", config.split, samples))
+    if config.ablations:
+        parts += [Part(variant, config.split, samples) for variant in ABLATIONS]
+    to_choose = config.slices == "key" and config.split != config.choose_on and not read_operating_points(checkpoint)
+    if to_choose and (validation := _validation_samples(config, shards)):
+        parts.append(Part("trained", config.choose_on, validation))
+    return parts
+
+
+def _validation_samples(config: EvaluateConfig, shards: ShardSet) -> list[Sample]:
+    try:
+        return detection_samples(config, shards, config.choose_on)
+    except DataError as error:
+        print(f"no operating points are chosen: {error}")
+        return []
+
+
+def chosen_on_validation(
+    config: EvaluateConfig, checkpoint: Checkpoint, shards: ShardSet, answers: dict[tuple[str, str], list[Record]]
+) -> dict[str, Any] | None:
+    """The operating point that goes with the predictions; a detector's are kept beside the checkpoint."""
     head = checkpoint.config.model.head
-    if config.streamed or config.ablations:
-        raise ConfigError(f"--streamed and --ablations are for detectors; {checkpoint.path} has a {head.kind} head")
-    splits = [config.split]
-    if head.kind == "classification" and head.num_classes == 2 and config.threshold == "val" and config.split != "val":
-        splits.append("val")
-    samples = {split: case_samples(config, checkpoint.config.model, shards, split) for split in splits}
-    if dry_run:
-        cli.print_plan(
-            {
-                "checkpoint": f"{checkpoint.path} (epoch {checkpoint.epoch}, {checkpoint.digest[:12]})",
-                **{f"cases of {split!r}": f"{len(found)} of {config.shards}" for split, found in samples.items()},
-                "runs on": f"{config.runner}, {config.num_workers} x {config.cpus_per_worker:g} CPU",
-                "writes": config.out,
-            }
-        )
-        return 0
-    predict = cases_on_ray if config.runner == "ray" else cases_here
-    cases = predict(config, samples)
-    scores = case_scores(cases[config.split], None if config.threshold == "authors" else cases[splits[-1]])
-    write_cases(Path(config.out), cases[config.split], scores, provenance_of(checkpoint, shards, config))
-    print(f"{len(cases[config.split])} cases of split {config.split!r}")
-    for name, value in scores.items():
-        print(f"{name:<24}{value:>8.3f}")
-    print(f"metrics: {Path(config.out) / 'metrics.json'}")
-    return 0
+    if head.kind == "classification" and head.num_classes == 2 and config.threshold == "val":
+        cases = [case for case in answers["trained", "val"] if isinstance(case, ClassifiedCase)]
+        return {"threshold": chosen_threshold(cases), "chosen_on": f"split 'val', {len(cases)} cases"}
+    if head.kind != "detection":
+        return None
+    validation = answers.get(("trained", config.choose_on))
+    if config.slices == "key" and validation:
+        points = OperatingPoints.of(froc_of(validation), checkpoint.digest, config.choose_on, shards.digest)  # type: ignore[arg-type]
+        keep_operating_points(checkpoint, points)
+        print(f"operating points chosen on {points.num_images} slices of split {points.split!r}, kept beside the model")
+    points = read_operating_points(checkpoint)
+    return points.as_plain() if points else None
 
 
-def predict_here(
-    config: EvaluateConfig, samples: list[Sample], variants: list[Variant]
-) -> dict[Variant, list[KeySliceResult]]:
+def report(
+    config: EvaluateConfig, predictions: Predictions, name: str, others: dict[str, Predictions], shards: ShardSet | None
+) -> Evaluation | CaseEvaluation:
+    """Metrics, page and pictures of predictions."""
+    for other_name, other in others.items():
+        if other.head != predictions.head:
+            raise DataError(f"{other_name!r} is of a {other.head} head, the judged one of a {predictions.head} head")
+    records = {other_name: other.records for other_name, other in others.items()}
+    path, pictures = Path(config.out) / "report.html", Pictures(shards, config.split) if shards else None
+    if predictions.head == "detection":
+        evaluation = evaluate_detector(predictions, name, records, config.replicates, config.seed)
+        files = write_report(path, evaluation, pictures.key_slice if pictures else None)
+        print_scores(evaluation)
+    else:
+        classes = shards.class_names if shards else ()
+        evaluation = evaluate_cases(predictions, name, records, classes, config.replicates, config.seed)
+        of = (pictures.classified, pictures.segmented) if pictures else (None, None)
+        files = write_case_report(path, evaluation, *of)
+        print_case_scores(evaluation, config.split)
+    track_report(config.tracking, name, Path(config.out), files.numbers, files.pictures)
+    print(f"report: {path}")
+    return evaluation
+
+
+def here(config: EvaluateConfig, head: Head, parts: Sequence[Part]) -> dict[tuple[str, str], list[Record]]:
     answers = {}
-    for variant in variants:
-        print(f"{variant}: {len(samples)} key slices", flush=True)
-        answers[variant] = KeySlicePredictor(config, variant)(samples)
+    for part in parts:
+        print(f"{part.variant}, split {part.split!r}: {len(part.samples)} to answer", flush=True)
+        answers[part.variant, part.split] = list(_predictor(config, head, part.variant)(part.samples))
     return answers
 
 
-def cases_here(config: EvaluateConfig, samples: dict[str, list[Sample]]) -> dict[str, list[Case]]:
-    predictor = CasePredictor(config)
-    return {split: predictor(found) for split, found in samples.items()}
-
-
-def predict_on_ray(
-    config: EvaluateConfig, samples: list[Sample], variants: list[Variant]
-) -> dict[Variant, list[KeySliceResult]]:
+def on_ray(config: EvaluateConfig, head: Head, parts: Sequence[Part]) -> dict[tuple[str, str], list[Record]]:
+    """Ray Data: a pool of actors that hold the model; tasks come ordered by variant and split."""
+    per_task = SAMPLES_PER_TASK if head == "detection" and config.slices == "key" else CASES_PER_TASK
     tasks = [
-        {"variant": variant, "start": start, "stop": min(start + SAMPLES_PER_TASK, len(samples))}
-        for variant in variants
-        for start in range(0, len(samples), SAMPLES_PER_TASK)
+        {"variant": p.variant, "split": p.split, "start": start, "stop": min(start + per_task, len(p.samples))}
+        for p in parts
+        for start in range(0, len(p.samples), per_task)
     ]
-    answers: dict[Variant, list[KeySliceResult]] = {variant: [] for variant in variants}
-    for row in rows_on_ray(config, PredictionActor, tasks, len(samples) * len(variants), "key slices"):
-        answers[row.pop("variant")].append(KeySliceResult.from_row(row))
-    return answers
-
-
-def cases_on_ray(config: EvaluateConfig, samples: dict[str, list[Sample]]) -> dict[str, list[Case]]:
-    tasks = [
-        {"split": split, "start": start, "stop": min(start + CASES_PER_TASK, len(found))}
-        for split, found in samples.items()
-        for start in range(0, len(found), CASES_PER_TASK)
-    ]
-    answers: dict[str, list[Case]] = {split: [] for split in samples}
-    for row in rows_on_ray(config, CaseActor, tasks, sum(map(len, samples.values())), "cases"):
-        answers[row.pop("split")].append(case_from_row(row))
-    return answers
-
-
-def rows_on_ray(
-    config: EvaluateConfig, actor: type, tasks: list[dict[str, Any]], total: int, what: str
-) -> Iterator[dict[str, Any]]:
-    """Ray Data: the answers to small tasks, in their order, by a pool of actors that hold the model."""
-    import ray.data
-
-    connect_ray()
-    quiet_ray_data()
-    worker = worker_resources(config.cpus_per_worker, config.accelerator)
-    check_resources([worker] * config.num_workers)
-    ray.data.DataContext.get_current().execution_options.preserve_order = True
-    answered = ray.data.from_items(tasks, override_num_blocks=len(tasks)).flat_map(
-        actor,  # type: ignore[arg-type]  # a class: one instance an actor
-        fn_constructor_kwargs={"config": config.model_dump()},
-        compute=ray.data.ActorPoolStrategy(size=config.num_workers),
-        num_cpus=config.cpus_per_worker,
-        num_gpus=worker.get("GPU", 0),
+    answers: dict[tuple[str, str], list[Record]] = {(p.variant, p.split): [] for p in parts}
+    rows = answers_of_actors(
+        PredictionActor,
+        {"config": config.model_dump(), "head": head},
+        tasks,
+        num_workers=config.num_workers,
+        cpus_per_worker=config.cpus_per_worker,
+        accelerator=config.accelerator,
     )
-    for done, row in enumerate(answered.iter_rows(), 1):
-        yield row
-        if done % SAMPLES_PER_TASK == 0 or done == total:
-            print(f"{done}/{total} {what}", flush=True)
+    for done, row in enumerate(rows, 1):
+        answers[row.pop("variant"), row.pop("split")].append(RECORDS[head].from_row(row))
+        if done % SAMPLES_PER_TASK == 0:
+            print(f"{done} answered", flush=True)
+    return answers
 
 
 class PredictionActor:
-    """Holds one variant of the model at a time; tasks come ordered by variant."""
+    """Holds one variant of the model at a time."""
 
-    def __init__(self, config: dict) -> None:
-        self.config = _config_of_actor(config)
-        self.predictor = KeySlicePredictor(self.config)
-        self.samples = key_slice_samples(self.config, self.predictor.shards)
+    def __init__(self, settings: dict) -> None:
+        import torch
 
-    def __call__(self, task: dict) -> list[dict]:
-        if task["variant"] != self.predictor.variant:
-            self.predictor = KeySlicePredictor(self.config, task["variant"])
-        results = self.predictor(self.samples[task["start"] : task["stop"]])
-        return [{"variant": task["variant"], **result.as_row()} for result in results]
-
-
-class CaseActor:
-    """Holds the model."""
-
-    def __init__(self, config: dict) -> None:
-        self.config = _config_of_actor(config)
-        self.predictor = CasePredictor(self.config)
-        self.model = open_checkpoint(self.config.checkpoint).config.model
+        self.config, self.head = EvaluateConfig.model_validate(settings["config"]), settings["head"]
+        torch.set_num_threads(max(1, int(self.config.cpus_per_worker)))
+        self.predictor = _predictor(self.config, self.head, "trained")
+        self.model = open_checkpoint(self.config.checkpoint or "").config.model
+        self.variant = "trained"
 
     def __call__(self, task: dict) -> list[dict]:
-        samples = case_samples(self.config, self.model, self.predictor.shards, task["split"])
-        cases = self.predictor(samples[task["start"] : task["stop"]])
-        return [{"split": task["split"], **as_row(case)} for case in cases]
+        if task["variant"] != self.variant:
+            self.variant = task["variant"]
+            self.predictor = _predictor(self.config, self.head, self.variant)
+        shards = self.predictor.shards
+        samples = (
+            detection_samples(self.config, shards, task["split"])
+            if self.head == "detection"
+            else case_samples(self.config, self.model, shards, task["split"])
+        )
+        records = self.predictor(samples[task["start"] : task["stop"]])
+        return [{"variant": task["variant"], "split": task["split"], **record.as_row()} for record in records]
 
 
-def _config_of_actor(config: dict) -> EvaluateConfig:
-    import torch
+def _predictor(
+    config: EvaluateConfig, head: Head, variant: Variant
+) -> CasePredictor | SeriesPredictor | KeySlicePredictor:
+    if head != "detection":
+        return CasePredictor(config)
+    return SeriesPredictor(config) if config.slices == "all" else KeySlicePredictor(config, variant)
 
-    validated = EvaluateConfig.model_validate(config)
-    torch.set_num_threads(max(1, int(validated.cpus_per_worker)))
-    return validated
+
+def _what(config: EvaluateConfig, checkpoint: Checkpoint) -> str:
+    kind = checkpoint.config.model.head.kind
+    return ("series" if config.slices == "all" else "key slices") if kind == "detection" else "cases"
 
 
 def print_scores(evaluation: Evaluation) -> None:
-    """The headline table, one line a variant."""
+    """The headline tables: the judged protocol, a line a variant; then every protocol's mean."""
     rates = evaluation.protocol.fps_per_image
-    print(f"protocol {evaluation.protocol.name}, {evaluation.froc.num_images} key slices, AP50 {evaluation.ap50:.3f}")
+    print(
+        f"protocol {evaluation.protocol.name}, {evaluation.froc.num_images} slices of {evaluation.num_patients} "
+        f"patients, AP50 {evaluation.ap50:.3f}, AP50:95 {evaluation.coco_ap:.3f}"
+    )
     print(f"{'sensitivity at':<24}" + "".join(f"{rate:>8g}" for rate in rates) + f"{'mean':>8}")
-    for name, froc in {"trained": evaluation.froc, **evaluation.comparisons}.items():
+    for name, froc in {"trained": evaluation.froc, **{n: c.froc for n, c in evaluation.comparisons.items()}}.items():
         shown = "".join(f"{froc.sensitivity_at[rate]:>8.3f}" for rate in rates)
         print(f"{name:<24}{shown}{froc.mean_sensitivity:>8.3f}")
+    for scores in evaluation.by_protocol:
+        low, high = scores.intervals.mean_sensitivity
+        print(f"{scores.protocol.name:<24}mean {scores.result.mean_sensitivity:.3f} [{low:.3f}, {high:.3f}]")
+    if evaluation.lesions_3d is not None:
+        low, high = evaluation.lesions_3d.intervals.mean_sensitivity
+        value = evaluation.lesions_3d.result.mean_sensitivity
+        print(f"{evaluation.lesions_3d.result.protocol.name:<24}mean {value:.3f} [{low:.3f}, {high:.3f}]")
+    for name, comparison in evaluation.comparisons.items():
+        test = comparison.test
+        print(
+            f"{name}: difference {test.difference:+.3f} [{test.interval.low:+.3f}, {test.interval.high:+.3f}], "
+            f"p = {test.p_value:.3f}"
+        )
+
+
+def print_case_scores(evaluation: CaseEvaluation, split: str) -> None:
+    """A line a score, with its interval."""
+    print(f"{len(evaluation.cases)} cases of split {split!r}")
+    for name, value in evaluation.scores.items():
+        spread = evaluation.intervals.get(name)
+        print(f"{name:<24}{value:>8.3f}" + (f" [{spread.low:.3f}, {spread.high:.3f}]" if spread else ""))
+    for name, other in evaluation.comparisons.items():
+        print(f"{name}: {other.score} {other.value:.3f}, difference {other.difference:+.3f}, p = {other.p_value:.3f}")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@
     metrics.json           epoch, score and the metrics of that epoch
     manifest.json          written last: format version and the SHA-256 of every other file
     streaming.json         by an evaluation, later: what streaming whole series through it costs
+    operating_points.json  likewise: score thresholds chosen on the validation split (mp3d/operating_points.py)
     transfer.json          of weights that were released elsewhere: what became of each
 
 No manifest, no checkpoint. A *run* is a directory of checkpoints (``epoch_0001`` ...); wherever a checkpoint is asked
@@ -94,7 +95,12 @@ class Checkpoint:
         Args:
             mean_sensitivity: of clips as in training; ``streamed``: of whole series, on the same key slices.
         """
-        content = {"mean_sensitivity": mean_sensitivity, "mean_sensitivity_streamed": streamed, **provenance}
+        content = {
+            "mean_sensitivity": mean_sensitivity,
+            "mean_sensitivity_streamed": streamed,
+            "lost_by_streaming": mean_sensitivity - streamed,
+            **provenance,
+        }
         _write_json(self.path / STREAMING, content | {"checkpoint": self.digest})
 
     def trainer_state(self) -> TrainerState:

@@ -1,8 +1,8 @@
 """What every job shares: the command line of a recipe, readable failures, exit codes, where relative paths lie.
 
 Exit codes: 0 done, 1 a defect (with a traceback), 2 wrong command or configuration, 3 data or checkpoint that cannot
-be used, 4 missing resources, 5 prepared, but more was refused than allowed, 130 interrupted, 141 nobody reads the
-output any more.
+be used, 4 missing resources, 5 prepared or predicted, but more was refused than allowed, 130 interrupted, 141 nobody
+reads the output any more.
 """
 
 import difflib
@@ -29,7 +29,7 @@ from mp3d.sweep import run_sweep, trials_table
 from mp3d.tracking import tracking_mode
 
 EXIT_CODES = """exit codes: 0 done · 1 defect · 2 wrong command or configuration · 3 unusable data or checkpoint ·
-4 missing resources · 5 prepared, more refused than allowed · 130 interrupted · 141 nobody reads the output any more"""
+4 missing resources · 5 more refused than allowed · 130 interrupted · 141 nobody reads the output any more"""
 
 
 C = TypeVar("C", bound=Config)

@@ -273,7 +273,7 @@ def _finding(volume: Volume, box: Float[Tensor, "4"], slice_index: int, score: f
     )
 
 
-def edge_to_lps_mm(volume: Volume, x: float, y: float, slice_index: int) -> Point:
+def edge_to_lps_mm(volume: Volume, x: float, y: float, slice_index: float) -> Point:
     """Patient coordinates of a point on a slice, given as boxes are: column i reaches from x = i to i + 1."""
     x_mm, y_mm, z_mm, _ = volume.affine @ np.array([x - 0.5, y - 0.5, slice_index, 1.0])
     return float(x_mm), float(y_mm), float(z_mm)

@@ -13,14 +13,15 @@ import math
 import os
 import re
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from secrets import token_hex
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from mp3d.checkpoint import checkpoints_of, open_checkpoint
-from mp3d.config import TrainConfig
+from mp3d.config import TrackingConfig, TrainConfig
 from mp3d.data.shard import write_aside
 
 if TYPE_CHECKING:
@@ -84,7 +85,7 @@ class Tracker:
 def track(config: TrainConfig, run_dir: Path, rank: int) -> Iterator[Tracker]:
     """A tracker for the life of a run; does nothing on other ranks than 0 and where tracking is disabled."""
     mode = tracking_mode(config.tracking.mode)
-    run = _start(config, run_dir, mode) if rank == 0 and mode != "disabled" else None
+    run = _start(partial(_known, config, run_dir), mode) if rank == 0 and mode != "disabled" else None
     tracker = Tracker(run, config.tracking.pictures)
     try:
         yield tracker
@@ -125,7 +126,32 @@ def run_id(run_dir: Path) -> str:
     return str(json.loads(path.read_text())["wandb_run_id"])
 
 
-def _start(config: TrainConfig, run_dir: Path, mode: Mode) -> Any:
+def track_report(
+    config: TrackingConfig, name: str, folder: Path, numbers: Mapping[str, float], pictures: Mapping[str, Path]
+) -> None:
+    """A W&B run of its own for an evaluation, with its headline numbers and the figures of its report.
+
+    Args:
+        name: of what was evaluated.
+        folder: of the report; W&B's files go there where it is offline.
+    """
+    mode = tracking_mode(config.mode)
+    if mode == "disabled":
+        return
+    known = {"project": config.project, "group": config.group, "name": f"{name}-evaluation", "job_type": "evaluation"}
+    run = _start(lambda: {**known, "dir": str(folder)}, mode)
+    if run is None:
+        return
+    import wandb
+
+    plain = {re.sub(r"[^\w@./-]+", "_", number): value for number, value in numbers.items()}
+    shown = {f"report/{picture}": wandb.Image(str(path)) for picture, path in pictures.items()}
+    _guarded(run.log, allowed_metrics(plain) | shown)
+    _guarded(run.finish)
+
+
+def _start(known: Callable[[], dict[str, Any]], mode: Mode) -> Any:
+    """A W&B run; offline where no server answers, None where that fails too."""
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # its own crash reports would name this machine
     os.environ.setdefault("WANDB_SILENT", "true")  # what it says before it has read its settings
     wandb: Any = None
@@ -147,26 +173,29 @@ def _start(config: TrainConfig, run_dir: Path, mode: Mode) -> Any:
             x_stats_sampling_interval=SYSTEM_INTERVAL_S,
             x_save_requirements=False,
         )
-        return wandb.init(
-            project=config.tracking.project,
-            group=config.tracking.group,
-            name=config.name,
-            id=run_id(run_dir),
-            resume="allow",
-            reinit="create_new",  # a sweep tracks several runs side by side
-            dir=str(run_dir),
-            config=allowed_config(config),
-            mode=mode,
-            settings=settings,
-        )
-    except Exception as error:  # the boundary of a service that the run must not depend on
+        # a sweep tracks several runs side by side
+        return wandb.init(**known(), mode=mode, reinit="create_new", settings=settings)
+    except Exception as error:  # the boundary of a service that nothing must depend on
         if wandb is not None:
             _guarded(wandb.teardown)  # else its helper process holds the run's id
         if mode == "offline":
-            log.warning("W&B is switched off for this run: %s", type(error).__name__)
+            log.warning("W&B is switched off: %s", type(error).__name__)
             return None
         log.warning("W&B cannot be reached (%s); tracking offline, `wandb sync` sends it later", type(error).__name__)
-        return _start(config, run_dir, "offline")
+        return _start(known, "offline")
+
+
+def _known(config: TrainConfig, run_dir: Path) -> dict[str, Any]:
+    """What W&B is told of a training run."""
+    return {
+        "project": config.tracking.project,
+        "group": config.tracking.group,
+        "name": config.name,
+        "id": run_id(run_dir),
+        "resume": "allow",
+        "dir": str(run_dir),
+        "config": allowed_config(config),
+    }
 
 
 def _refer_to_checkpoint(run: Any, config: TrainConfig, run_dir: Path) -> None:

@@ -14,6 +14,7 @@ from starlette.requests import ClientDisconnect, Request
 from mp3d.checkpoint import open_checkpoint
 from mp3d.config import ServeConfig
 from mp3d.data.synthetic.dicom_files import write_ct_series
+from mp3d.operating_points import FALLBACK_THRESHOLD
 from mp3d.predict import Predictor
 from mp3d.serving.api import BODIES_IN_MEMORY, RETRY_AFTER_S, Uploads, create_api
 from mp3d.serving.engine import Engine, answer_or_error, model_out
@@ -57,7 +58,7 @@ def test_good_series(client: TestClient, tmp_path: Path):
     assert found.centre_lps_mm == pytest.approx((volume.affine @ [9, 5, 3, 1])[:3], abs=1e-3)
     assert found.diameter_mm == pytest.approx(0.9)
     assert (answer.num_slices, answer.spacing_mm) == (6, pytest.approx((2.5, 0.9, 0.8)))
-    assert (answer.model, answer.threshold, answer.warnings) == (MODEL, CONFIG.score_threshold, ())
+    assert (answer.model, answer.threshold, answer.warnings) == (MODEL, FALLBACK_THRESHOLD, ())
     assert (answer.protocol.mode, answer.protocol.num_slices, answer.protocol.slice_spacing_mm) == ("window", 9, 2.5)
     assert "Research use only" in answer.research_use_only
 

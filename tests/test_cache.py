@@ -25,7 +25,7 @@ from tests.tiny import ct_shards, detector_config, picture_shards
 
 CLIP = ClipConfig(image_size=32)
 SERIES_BYTES = 11 * 32 * 32 * 2
-SET = "v1-{digest:.16}"
+SET = "v2-{digest:.16}"
 
 
 @pytest.fixture(scope="module")
@@ -191,7 +191,7 @@ def other_set(folder: Path, name: str, age_s: int) -> Path:
 
 
 def test_data_sets_that_nobody_uses_make_room_the_oldest_first(ct: ShardSet, tmp_path: Path):
-    in_use = other_set(tmp_path, "v1-" + "a" * 16, 4000)
+    in_use = other_set(tmp_path, "v2-" + "a" * 16, 4000)
     oldest, old, new = (other_set(tmp_path, f"v0-{'bcd'[i] * 16}", 3000 - 1000 * i) for i in range(3))
     foreign = other_set(tmp_path, "thesis", 9000)
     held = os.open(in_use, os.O_RDONLY)

@@ -13,13 +13,12 @@ from mp3d.config import AugmentConfig, ClassificationHead, EvaluateConfig, Segme
 from mp3d.errors import CheckpointError, ConfigError, DataError
 from mp3d.evaluation import (
     ClassifiedCase,
+    Predictions,
     SegmentedCase,
-    as_row,
-    case_from_row,
-    case_scores,
+    chosen_threshold,
     classification_scores,
+    evaluate_cases,
     segmentation_scores,
-    write_cases,
 )
 from mp3d.launch import run_training
 from mp3d.predict import Predictor
@@ -118,10 +117,10 @@ def test_the_plan_of_an_evaluation(nodules: Path, tmp_path: Path, capsys: pytest
     capsys.readouterr()
     assert evaluate.evaluate(config, dry_run=True) == 0
     plan = capsys.readouterr().out
-    assert "cases of 'test'" in plan
-    assert "cases of 'val'" in plan
+    assert "trained, test  6 cases" in plan
+    assert "trained, val" in plan
     assert not (tmp_path / "out").exists()
-    with pytest.raises(ConfigError, match="--streamed and --ablations are for detectors"):
+    with pytest.raises(ConfigError, match="--streamed, --ablations and --slices are for detectors"):
         evaluate.evaluate(config.override({"ablations": True}), dry_run=True)
     with pytest.raises(CheckpointError, match="finds no lesions"):
         Predictor.open(run)
@@ -174,8 +173,8 @@ def test_a_threshold_of_other_cases():
         return [ClassifiedCase("p", "s", label, (0.0, logit)) for logit, label in pairs]
 
     judged_cases = cases((-2, 0), (0.5, 0), (1, 1), (3, 1))
-    flattering = classification_scores(judged_cases, choose_on=judged_cases)
-    honest = classification_scores(judged_cases, choose_on=cases((-1, 0), (0, 1)))
+    flattering = classification_scores(judged_cases, chosen_threshold(judged_cases))
+    honest = classification_scores(judged_cases, chosen_threshold(cases((-1, 0), (0, 1))))
     assert (flattering["accuracy"], honest["accuracy"]) == (1, 0.75)
     assert honest["threshold"] == 0.5
     assert flattering["auc"] == honest["auc"] == 1
@@ -185,21 +184,44 @@ def test_a_threshold_of_other_cases():
 
 def test_many_classes_have_no_threshold():
     cases = [ClassifiedCase("p", "s", label, tuple(np.eye(7)[label])) for label in range(7)]
-    assert case_scores(cases) == {"top1": 1, "top5": 1}
+    assert classification_scores(cases) == {"top1": 1, "top5": 1}
     with pytest.raises(DataError, match="no case to judge"):
-        case_scores([])
+        evaluate_cases(Predictions("classification", []), "run")
 
 
-@pytest.mark.parametrize(
-    "case",
-    [
-        ClassifiedCase("p", "s", 1, (0.25, -3.0)),
-        SegmentedCase("p", "s", ((1, 2, 3), (4, 5, 6)), (0.5, 2.5)),
-    ],
-)
-def test_cases_survive_their_file(tmp_path: Path, case: ClassifiedCase | SegmentedCase):
-    assert case_from_row(as_row(case)) == case
-    write_cases(tmp_path, [case], {"top1": float("nan")}, {})
-    (row,) = pq.read_table(tmp_path / "predictions.parquet").to_pylist()
-    assert case_from_row(row) == case
-    assert json.loads((tmp_path / "metrics.json").read_text())["metrics"] == {"top1": None}
+def made_cases(quality: float) -> list[ClassifiedCase]:
+    rng, noise = np.random.default_rng(2), np.random.default_rng(int(100 * quality))
+    labels = rng.integers(0, 2, 80)
+    logits = quality * (2 * labels - 1) + noise.normal(0, 1, 80)
+    return [
+        ClassifiedCase(f"p{i // 2}", f"s{i}", int(label), (0.0, float(x)))
+        for i, (label, x) in enumerate(zip(labels, logits, strict=True))
+    ]
+
+
+def test_two_classifiers_are_told_apart_and_two_equal_ones_not():
+    weak, strong = made_cases(0.1), made_cases(1.5)
+    others = {"strong": strong, "itself": weak}
+    evaluation = evaluate_cases(
+        Predictions("classification", weak, {}, "key", None, {"threshold": 0.5}), "weak", others, num_replicates=300
+    )
+    apart, equal = evaluation.comparisons["strong"], evaluation.comparisons["itself"]
+    assert apart.score == "auc"
+    assert apart.p_value < 0.01
+    assert apart.interval.low > 0
+    assert (equal.difference, equal.p_value) == (0, 1)
+    low, high = evaluation.intervals["auc"]
+    assert low < evaluation.scores["auc"] < high
+    assert set(evaluation.intervals) == {"top1", "auc", "accuracy", "sensitivity", "specificity", "precision", "f1"}
+
+
+def test_two_segmenters_are_told_apart():
+    rng = np.random.default_rng(0)
+    good = [SegmentedCase(f"p{i}", f"s{i}", ((90, 100, 100),), (1.0 + i / 20,)) for i in range(20)]
+    bad = [SegmentedCase(f"p{i}", f"s{i}", ((int(rng.integers(20, 60)), 100, 100),), (9.0,)) for i in range(20)]
+    evaluation = evaluate_cases(Predictions("segmentation", good), "good", {"bad": bad}, num_replicates=300)
+    assert evaluation.comparisons["bad"].p_value < 0.01
+    assert evaluation.comparisons["bad"].interval.high < 0
+    assert evaluation.intervals["dice_per_case"] == pytest.approx((0.9, 0.9))
+    low, high = evaluation.intervals["hausdorff_95_mm"]
+    assert low < evaluation.scores["hausdorff_95_mm"] < high

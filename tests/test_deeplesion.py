@@ -103,6 +103,16 @@ def load(root: Path, index: int = 0, **options) -> CTSeries:
     return loaded
 
 
+def test_the_kind_of_a_lesion_is_stored_beside_it(tmp_path):
+    write_slices(tmp_path, "000001_01_01", range(1, 4))
+    rows = [lesion("000001_01_01", 2, Coarse_lesion_type="5"), lesion("000001_01_01", 2, Coarse_lesion_type="-1")]
+    write_table(tmp_path, rows)
+    assert [truth.types for truth in load(tmp_path).truths] == [None, ("lung", None), None]
+    write_table(tmp_path, [lesion("000001_01_01", 2, Coarse_lesion_type="9")])
+    with pytest.raises(DataError, match="lesion type '9'"):
+        load(tmp_path)
+
+
 def test_each_run_of_slices_is_an_item(root):
     source = read_deeplesion(root)
     assert [(item.key, item.patient, item.split) for item in source.items] == [
@@ -254,7 +264,7 @@ def test_broken_slices_are_refused(root, damage, reason):
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        (lesion("000001_01_01", 100, Train_Val_Test="4"), "line 2: no column or split '4'"),
+        (lesion("000001_01_01", 100, Train_Val_Test="4"), "line 2: no column, split or lesion type '4'"),
         (lesion("000001_01_01", 100, Bounding_boxes="1, 2, 3"), "line 2 cannot be parsed"),
         (lesion("000001_01_01", 100, File_name="a/../../etc_100.png"), "is not like"),
         (lesion("000001_01_01", 100, File_name="x"), "line 2 cannot be parsed"),

@@ -4,8 +4,6 @@ import json
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
 from torch import nn
@@ -19,22 +17,24 @@ from mp3d.errors import ConfigError, DataError
 from mp3d.evaluation import (
     KeySlicePredictor,
     KeySliceResult,
+    Predictions,
+    SeriesPredictor,
     answers_for,
+    detection_samples,
     evaluate_detector,
-    key_slice_samples,
     predict_clips,
-    read_predictions,
     without_context,
-    write_predictions,
 )
-from mp3d.metrics.froc import MP3D_PORT, THREE_DCE_MULAN
+from mp3d.evaluation.lesions_3d import judge_lesions_3d, true_boxes_3d
+from mp3d.metrics.protocols import MP3D_PORT
 from mp3d.models import build_model
+from mp3d.operating_points import read_operating_points
 from mp3d.predict import Predictor
 from mp3d.sample import Clip
 from tests.tiny import ct_shards, detector_config
 
 
-def result(z_index, true_boxes, boxes, scores, patient="p0", series="s0"):
+def result(z_index, true_boxes, boxes, scores, patient="p0", series="s0", types=(), instances=None):
     return KeySliceResult(
         patient=patient,
         series=series,
@@ -42,6 +42,8 @@ def result(z_index, true_boxes, boxes, scores, patient="p0", series="s0"):
         spacing_mm=(2.5, 0.8, 0.7),
         true_boxes=np.array(true_boxes, dtype=np.float32).reshape(-1, 4),
         true_labels=np.ones(len(true_boxes), dtype=np.int64),
+        true_types=types or ("",) * len(true_boxes),
+        true_instances=np.array(instances or [0] * len(true_boxes), dtype=np.int64),
         boxes=np.array(boxes, dtype=np.float32).reshape(-1, 4),
         scores=np.array(scores, dtype=np.float32),
         labels=np.ones(len(scores), dtype=np.int64),
@@ -143,53 +145,70 @@ def test_result_of_a_prediction():
 
 def test_evaluation_of_results():
     other = [result(r.z_index, r.true_boxes, [], [], r.patient, r.series) for r in RESULTS]
-    evaluation = evaluate_detector(RESULTS, name="run", provenance={"date": "today"}, comparisons={"blind": other})
+    predictions = Predictions("detection", RESULTS, {"date": "today"})
+    evaluation = evaluate_detector(predictions, "run", {"blind": other}, num_replicates=100)
     # Score order: hit, hit, false positive; three images, three lesions.
     assert evaluation.froc.sensitivity == pytest.approx([1 / 3, 2 / 3, 2 / 3])
     assert evaluation.froc.mean_sensitivity == pytest.approx(2 / 3)
     assert evaluation.ap50 == pytest.approx(67 / 101)
+    assert evaluation.coco_ap <= evaluation.ap50
     assert evaluation.protocol == MP3D_PORT
     assert evaluation.num_patients == 2
-    assert evaluation.comparisons["blind"].mean_sensitivity == 0
-    assert evaluate_detector(RESULTS, THREE_DCE_MULAN).protocol == THREE_DCE_MULAN
+    assert evaluation.comparisons["blind"].froc.mean_sensitivity == 0
+    assert evaluation.comparisons["blind"].test.difference == pytest.approx(-2 / 3)
+    assert [scores.result.num_lesions for scores in evaluation.by_protocol] == [3] * 6
+    assert evaluation.lesions_3d is None
+    assert evaluation.operating == ()
+
+
+def test_strata_of_kind_size_and_spacing():
+    """Boxes of 20 x 20 pixels are 14 x 16 mm; the kind of one lesion is not known."""
+    results = [
+        result(4, [[10, 10, 30, 30]], [[10, 10, 30, 31]], [0.9], types=("lung",)),
+        result(9, [[50, 50, 70, 70], [80, 80, 90, 90]], [], [], patient="p1", types=("liver", "")),
+    ]
+    strata = evaluate_detector(Predictions("detection", results), num_replicates=100).strata
+    assert {(each.by, each.name): (each.num_lesions, each.mean_sensitivity) for each in strata} == {
+        ("type", "not known"): (1, 0),
+        ("type", "liver"): (1, 0),
+        ("type", "lung"): (1, 1),
+        ("size", "below 10 mm"): (1, 0),
+        ("size", "10 to 30 mm"): (2, 0.5),
+        ("slice spacing", "above 2 mm"): (3, pytest.approx(1 / 3)),
+    }
+
+
+def test_a_centre_is_measured_in_millimetres():
+    """8 pixels beside the centre along rows of 0.8 mm: 6.4 mm, within half of 14 mm; along 10 columns it is 7 mm."""
+    inside = [result(4, [[10, 10, 30, 26]], [[10, 18, 30, 34]], [0.9])]
+    outside = [result(4, [[10, 10, 30, 26]], [[20, 10, 40, 26]], [0.9])]
+    found = [
+        evaluate_detector(Predictions("detection", of), num_replicates=100).by_protocol[3].result.mean_sensitivity
+        for of in (inside, outside)
+    ]
+    assert found == [1, 0]
 
 
 def test_only_the_same_key_slices_are_compared():
     moved = [result(5, RESULTS[0].true_boxes, [], []), *RESULTS[1:]]
     for other in (RESULTS[::-1], RESULTS[:2], moved):
-        with pytest.raises(DataError, match="'other' was not evaluated on the key slices of 'run'"):
-            evaluate_detector(RESULTS, name="run", comparisons={"other": other})
+        with pytest.raises(DataError, match="'other' was not judged on the slices or cases of 'run'"):
+            evaluate_detector(Predictions("detection", RESULTS), "run", {"other": other})
 
 
-def test_predictions_survive_the_file_bit_for_bit(tmp_path):
-    path = tmp_path / "predictions.parquet"
-    write_predictions(path, RESULTS, {"checkpoint": "abc"})
-    back, provenance = read_predictions(path)
-    assert provenance == {"checkpoint": "abc"}
-    for before, after in zip(RESULTS, back, strict=True):
-        assert (after.patient, after.series, after.z_index) == (before.patient, before.series, before.z_index)
-        assert after.spacing_mm == before.spacing_mm
-        for name in ("true_boxes", "true_labels", "boxes", "scores", "labels"):
-            np.testing.assert_array_equal(getattr(after, name), getattr(before, name), strict=True)
-    assert evaluate_detector(back).froc.sensitivity_at == evaluate_detector(RESULTS).froc.sensitivity_at
-
-
-def test_predictions_hold_no_pixels(tmp_path):
-    path = tmp_path / "predictions.parquet"
-    write_predictions(path, RESULTS)
-    assert "image" not in pq.read_schema(path).names
-
-
-def test_files_that_are_no_predictions_are_refused(tmp_path):
-    path = tmp_path / "predictions.parquet"
-    with pytest.raises(DataError, match="cannot read predictions"):
-        read_predictions(path)
-    path.write_text("patient,series")
-    with pytest.raises(DataError, match="cannot read predictions"):
-        read_predictions(path)
-    pq.write_table(pa.table({"patient": ["p0"]}), path)
-    with pytest.raises(DataError, match="no key-slice predictions of this format"):
-        read_predictions(path)
+def test_boxes_of_series_are_judged_as_lesions():
+    """Two series of one lesion each: one found by a chain of boxes, the other missed, and one chain beside."""
+    chain = [result(z, [[10, 10, 30, 30]], [[12, 12, 29, 29]], [0.5 + z / 100], instances=[7]) for z in range(4, 8)]
+    beside = [result(8, [], [[60, 60, 70, 70]], [0.3])]
+    missed = [result(3, [[40, 40, 50, 50]], [], [], patient="p1", series="s1", instances=[1])]
+    predictions = Predictions("detection", [*chain, *beside, *missed], slices="all", grid_spacing_mm=2.5)
+    lesions = judge_lesions_3d(predictions, 100, 0)
+    assert (lesions.num_boxes, lesions.num_linked) == (5, 2)
+    assert lesions.result.sensitivity.tolist() == [0.5, 0.5]
+    assert lesions.result.fps_per_image.tolist() == [0, 0.5]
+    assert true_boxes_3d(chain).tolist() == [[10, 10, 4, 30, 30, 7]]
+    unknown = [result(z, [[10, 10, 30, 30]], [], []) for z in (4, 5, 9)]
+    assert true_boxes_3d(unknown).tolist() == [[10, 10, 4, 30, 30, 5], [10, 10, 9, 30, 30, 9]]
 
 
 @pytest.fixture(scope="module")
@@ -214,7 +233,7 @@ def slab_run(tmp_path_factory: pytest.TempPathFactory) -> EvaluateConfig:
 
 def test_streamed_answers_are_those_of_the_whole_series(slab_run: EvaluateConfig):
     shards = open_shards(slab_run.shards)
-    samples = key_slice_samples(slab_run, shards)
+    samples = detection_samples(slab_run, shards)
     predictor = KeySlicePredictor(slab_run, "streamed")
     results = predictor(samples)
     trained = KeySlicePredictor(slab_run)(samples)
@@ -257,6 +276,49 @@ def test_evaluating_writes_down_what_streaming_costs(slab_run: EvaluateConfig, c
     assert found["checkpoint"] == checkpoint.digest
     mode = "stream" if checkpoint.may_be_streamed() else "slab"
     assert f"whole series are read in mode {mode}" in said
+
+
+def test_operating_points_are_chosen_on_the_validation_split_and_kept(slab_run: EvaluateConfig, tmp_path: Path):
+    checkpoint = open_checkpoint(slab_run.checkpoint or "")
+    points = read_operating_points(checkpoint)  # the evaluation before chose them
+    assert points is not None
+    assert (points.split, points.checkpoint) == ("val", checkpoint.digest)
+    predictor = KeySlicePredictor(slab_run)
+    validation = predictor(detection_samples(slab_run, predictor.shards, "val"))
+    expected = evaluate_detector(Predictions("detection", validation), num_replicates=100).froc
+    assert points.sensitivity == pytest.approx(expected.sensitivity_at)
+    assert points.num_images == len(validation)
+    metrics = json.loads((Path(slab_run.out) / "metrics.json").read_text())
+    for point in metrics["operating_points"]:
+        assert point["threshold"] == points.thresholds[point["chosen_for"]]
+
+
+def test_predictions_are_judged_again_without_the_checkpoint(slab_run: EvaluateConfig, tmp_path: Path):
+    """The same numbers from the file alone; beside itself a model is not told apart."""
+    file = str(Path(slab_run.out) / "predictions.parquet")
+    again = EvaluateConfig(predictions=file, compare=file, out=str(tmp_path / "again"), runner="local")
+    assert evaluate(again, dry_run=False) == 0
+    first, second = (json.loads((Path(of) / "metrics.json").read_text()) for of in (slab_run.out, again.out))
+    for name in ("froc", "protocols", "ap50", "ap50_interval", "strata", "calibration", "operating_points"):
+        assert second[name] == first[name]
+    (comparison,) = second["comparisons"].values()
+    assert (comparison["difference"], comparison["p_value"]) == (0, 1)
+    assert second["provenance"]["checkpoint"] == open_checkpoint(slab_run.checkpoint or "").digest
+
+
+def test_every_slice_of_searched_series_is_judged(slab_run: EvaluateConfig, tmp_path: Path):
+    config = slab_run.override({"slices": "all", "streamed": False, "out": str(tmp_path / "all")})
+    assert evaluate(config, dry_run=False) == 0
+    metrics = json.loads((tmp_path / "all" / "metrics.json").read_text())
+    shards = open_shards(config.shards or "")
+    assert metrics["num_images"] == sum(entry.num_rows for entry in shards.split("test"))
+    assert metrics["lesions_3d"]["protocol"] == "LENS 3D"
+    answers = SeriesPredictor(config)(detection_samples(config, shards))
+    assert [answer.z_index for answer in answers[:3]] == [0, 1, 2]
+    with pytest.raises(ValueError, match="ablations and streamed are for key slices"):
+        config.override({"streamed": True})
+    with pytest.raises(ValueError, match="either checkpoint or predictions"):
+        EvaluateConfig(out="x")
 
 
 def test_a_norm_over_the_clip_cannot_be_judged_streamed(slab_run: EvaluateConfig, tmp_path: Path):

@@ -1,6 +1,7 @@
 """The FROC rule against hand-computed tables, and what must not change it."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,7 +11,8 @@ from scipy.interpolate import interp1d
 
 from mp3d.errors import DataError
 from mp3d.metrics.boxes import box_iou
-from mp3d.metrics.froc import MP3D_PORT, THREE_DCE_MULAN, FrocProtocol, froc
+from mp3d.metrics.froc import froc
+from mp3d.metrics.protocols import MP3D_PORT, THREE_DCE_MULAN, FrocProtocol
 
 
 def boxes(*rows):
@@ -135,7 +137,7 @@ def test_lists_that_do_not_fit_are_refused():
 
 def test_the_mean_is_taken_over_quoted_points_only():
     with pytest.raises(ValueError, match="mean_over"):
-        FrocProtocol("odd", iou_threshold=0.5, plus_one=False, fps_per_image=(1.0, 2.0), mean_over=(1.0, 4.0))
+        replace(MP3D_PORT, fps_per_image=(1.0, 2.0), mean_over=(1.0, 4.0))
 
 
 def slow_froc(detections, truths, protocol):
@@ -148,11 +150,7 @@ def slow_froc(detections, truths, protocol):
     found = [set() for _ in truths]
     num_false, fps, sensitivity = 0, [], []
     for _, i, box in sorted(pooled, key=lambda each: -each[0]):
-        overlaps = [
-            j
-            for j, true_box in enumerate(truths[i])
-            if box_iou(box, true_box, protocol.plus_one) >= protocol.iou_threshold
-        ]
+        overlaps = [j for j, true_box in enumerate(truths[i]) if protocol.overlap(box, true_box) >= protocol.threshold]
         num_false += not overlaps
         found[i].update(overlaps)
         fps.append(num_false / len(truths))

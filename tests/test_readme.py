@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from jobs import evaluate, finetune, prepare, pretrain, sweep
+from jobs import evaluate, finetune, predict, prepare, pretrain, sweep
 from mp3d import cli, convert
-from mp3d.config import ClipConfig, EvaluateConfig, ServeConfig
+from mp3d.config import ClipConfig, EvaluateConfig, PredictConfig, ServeConfig
 from mp3d.recipes import FINETUNE, PRETRAIN
 
 ROOT = Path(__file__).parents[1]
@@ -51,6 +51,8 @@ def parse(job: str, args: list[str]) -> None:
             prepare.parse(args)
         case "evaluate":
             cli.parse(EvaluateConfig, about="", argv=args)
+        case "predict":
+            cli.parse(PredictConfig, about="", argv=args)
         case _:
             assert {"pretrain": pretrain, "finetune": finetune, "sweep": sweep}[job].main([*args, "--dry-run"]) == 0
 
@@ -64,12 +66,12 @@ def test_every_job_line_parses(job: str, args: list[str], tmp_path: Path, monkey
 
 def test_the_verbs_chain():
     """Each step reads what an earlier one has written."""
-    written = {"data/synthetic/raw/pictures", "data/synthetic/raw/ct"}
+    written = {"data/synthetic/raw/pictures", "data/synthetic/raw/ct", "data/synthetic/raw/query"}
     steps = [call for call in job_calls(section("The verbs")) if call[1]]
-    assert [job for job, _ in steps] == ["prepare", "prepare", "pretrain", "finetune", "sweep", "evaluate"]
+    assert [job for job, _ in steps] == ["prepare", "prepare", "pretrain", "finetune", "sweep", "evaluate", "predict"]
     for _, args in steps:
         given = {name: value for name, value in zip(args, args[1:], strict=False) if name.startswith("--")}
-        reads = ("--root", "--shards", "--init-from", "--base.shards", "--base.init-from", "--checkpoint")
+        reads = ("--root", "--input", "--shards", "--init-from", "--base.shards", "--base.init-from", "--checkpoint")
         assert {given[name] for name in reads if name in given} <= written
         written.add(given.get("--out") or f"runs/{given['--name']}")
         if "--num-trials" in given:
@@ -96,6 +98,7 @@ def test_every_option_exists(capsys: pytest.CaptureFixture[str]):
         (pretrain.main, ["vdt_imagenet_r3d18", "--help"]),
         (sweep.main, ["synthetic_finetune", "--help"]),
         (evaluate.main, ["--help"]),
+        (predict.main, ["--help"]),
         (convert.main, ["--help"]),
     ]
     for main, args in calls:

@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mp3d.metrics.froc import MP3D_PORT, THREE_DCE_MULAN, FrocProtocol, froc
+from mp3d.metrics.froc import froc
+from mp3d.metrics.protocols import MP3D_PORT, THREE_DCE_MULAN, FrocProtocol
 
 SHARED_DATA = Path(os.environ.get("MP3D_SHARED_DATA", Path(__file__).parents[2] / "shared" / "data"))
 ANNOTATIONS = SHARED_DATA / "deeplesion" / "DL_info_subset.csv"

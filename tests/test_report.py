@@ -10,11 +10,22 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mp3d.evaluation import Evaluation, KeySliceResult, evaluate_detector
-from mp3d.metrics.froc import MP3D_PORT, THREE_DCE_MULAN
-from mp3d.report import write_report
-from mp3d.report.figures import LUNG, SOFT_TISSUE, TRUE_COLOUR, display_window, draw_key_slice
+from mp3d.evaluation import (
+    ClassifiedCase,
+    Evaluation,
+    KeySliceResult,
+    MaskedSlice,
+    Predictions,
+    SegmentedCase,
+    evaluate_cases,
+    evaluate_detector,
+)
+from mp3d.metrics.protocols import MP3D_PORT
+from mp3d.report import write_case_report, write_report
+from mp3d.report.case_figures import draw_masks
+from mp3d.report.figures import TRUE_COLOUR, draw_key_slice
 from mp3d.report.gallery import choose_exhibits
+from mp3d.report.windows import BONE, LIVER, LUNG, SOFT_TISSUE, display_window
 
 LESION = (40, 30, 60, 50)
 ELSEWHERE = (70, 70, 90, 90)
@@ -28,7 +39,7 @@ def ct_slice(background_hu=40):
     return image
 
 
-def key_slice(index, detections, image=True, true_boxes=(LESION,)):
+def key_slice(index, detections, true_boxes=(LESION,)):
     table = np.array(detections, dtype=np.float32).reshape(-1, 5)
     return KeySliceResult(
         patient=f"patient{index // 2:02d}",
@@ -40,25 +51,31 @@ def key_slice(index, detections, image=True, true_boxes=(LESION,)):
         boxes=table[:, :4],
         scores=table[:, 4],
         labels=np.ones(len(table), dtype=np.int64),
-        image=ct_slice() if image else None,
+        true_types=("lung",) * len(true_boxes),
+        true_instances=np.ones(len(true_boxes), dtype=np.int64),
     )
 
 
-def made_evaluation(image=True) -> Evaluation:
+def made_evaluation() -> Evaluation:
     """Ten key slices: seven found, two too low, one without any detection; false positives on all."""
     results = []
     for index in range(10):
         detections = [(*ELSEWHERE, 0.5 - 0.01 * index), (0, 0, 9, 9, 0.1)]
         if index < 9:
             detections.append((*LESION, (0.9 if index < 7 else 0.05) + 0.001 * index))
-        results.append(key_slice(index, detections, image))
+        results.append(key_slice(index, detections))
     flat = [key_slice(index, [(*ELSEWHERE, 0.9), (*LESION, 0.1)][: 1 + index % 2]) for index in range(10)]
-    return evaluate_detector(
-        results,
-        name="run <b>7</b>",
-        provenance={"checkpoint sha256": "ab" * 32, "command": "python jobs/evaluate.py --name 'a & b'"},
-        comparisons={"one slice nine times": flat},
-    )
+    provenance = {
+        "checkpoint sha256": "ab" * 32,
+        "command": "python jobs/evaluate.py --name 'a & b'",
+        "config": json.dumps({"optim": {"lr": 0.02}}),
+    }
+    point = {
+        "checkpoint": "ab" * 32, "thresholds": {"1": 0.4, "16": None}, "sensitivity": {"1": 0.5, "16": 0.6},
+        "protocol": "MP3D port", "split": "val", "data": "d", "num_images": 9, "num_lesions": 9,
+    }  # fmt: skip
+    predictions = Predictions("detection", results, provenance, operating_point=point)
+    return evaluate_detector(predictions, "run <b>7</b>", {"one slice nine times": flat}, num_replicates=100)
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +86,7 @@ def evaluation():
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, evaluation):
     path = tmp_path_factory.mktemp("report") / "evaluation" / "report.html"
-    assert write_report(path, evaluation) == path
+    assert write_report(path, evaluation, lambda _: ct_slice()).page == path
     return path.parent
 
 
@@ -124,7 +141,7 @@ def test_the_page_is_self_contained(page):
 
 def test_every_picture_opens_and_has_an_alt_text(page):
     images = Outline(page).all("img")
-    assert len(images) == 1 + 6 + 3 + 6  # curve, found, missed, false positives
+    assert len(images) == 4 + 6 + 3 + 6  # figures, found, missed, false positives
     for image in images:
         assert len(image["alt"]) > 20
         with Image.open(BytesIO(base64.b64decode(image["src"].split(",")[1]))) as picture:
@@ -133,33 +150,44 @@ def test_every_picture_opens_and_has_an_alt_text(page):
 
 
 def test_the_tables_hold_the_numbers(page, evaluation):
-    rows = {row[0]: row[1:] for row in table_rows(page)}
-    froc, flat = evaluation.froc, evaluation.comparisons["one slice nine times"]
+    rows = {row[0]: row[1:] for row in table_rows(page)[::-1]}  # of equal names the first
+    froc, other = evaluation.froc, evaluation.comparisons["one slice nine times"]
+    flat = other.froc
     end = froc.last_fps_per_image
     marked = [f"{value:.3f}" + ("†" if fps > end else "") for fps, value in froc.sensitivity_at.items()]
     assert rows["Sensitivity"] == [*marked, f"{froc.mean_sensitivity:.3f}"]
+    low, high = evaluation.by_protocol[0].intervals.sensitivity_at[1]
+    assert rows["95 % interval"][1] == f"{low:.3f}–{high:.3f}"
     assert rows["Score threshold"][:3] == ["0.460", "0.410", "0.057"]
     assert [text.rstrip("†") for text in rows["one slice nine times"][:6]] == [
         f"{v:.3f}" for v in flat.sensitivity_at.values()
     ]
-    difference = flat.sensitivity_at[1] - froc.sensitivity_at[1]
-    assert rows["one slice nine times"][-1] == f"{difference:+.3f}".replace("-", "−")
+    shown = rows["one slice nine times"]
+    assert shown[7] == f"{other.test.difference:+.3f}".replace("-", "−")
+    assert shown[9] == f"{other.test.p_value:.3f}"
     assert rows["checkpoint sha256"] == ["ab" * 32]
+    assert rows["Chosen for false positives per image"] == ["1"]
+    assert rows["type: lung"][0] == "10"
+    for scores in evaluation.by_protocol:
+        assert scores.protocol.name in rows
 
 
 def test_the_text_names_protocol_sample_and_purpose(page, evaluation):
     text = " ".join(Outline(page).text.split())
-    assert "10 key slices with 10 lesions of 5 patients" in text
+    assert "10 slices with 10 lesion boxes of 5 patients" in text
+    assert "too few for the intervals to be trusted" in text
     assert "Protocol: MP3D port" in text
-    assert "IoU ≥ 0.5" in text
-    assert "x2 − x1 pixels, without an extra pixel" in text
+    assert "IoU ≥ 0.5, sides x2 − x1" in text
     assert f"{evaluation.ap50:.3f} average precision" in text
     assert "Found 6 of 7" in text
     assert "Missed 3 of 3" in text
     assert "False positives 6 of 10" in text
-    assert "soft tissue window −160 to 240 HU" in text
+    assert "lung window −1350 to 150 HU" in text
+    assert "soft tissue window −160 to 240 HU" in text  # of false positives, which have no kind
     assert "patient patient00 · series series01 · slice 11" in text
     assert "16 × 16 mm" in text
+    assert '"lr": 0.02' in text
+    assert "the threshold for 1 false positive per image of the validation split" in text
     assert "Research use only" in text
 
 
@@ -170,9 +198,10 @@ def test_text_from_outside_is_escaped(page):
 
 
 def test_files_beside_the_page(folder, page, evaluation):
-    with Image.open(folder / "froc.png") as picture:
-        assert picture.size[0] >= 1000
-    assert base64.b64encode((folder / "froc.png").read_bytes()).decode() in page
+    for name in ("froc", "protocols", "strata", "calibration"):
+        with Image.open(folder / f"{name}.png") as picture:
+            assert picture.size[0] >= 1000
+        assert base64.b64encode((folder / f"{name}.png").read_bytes()).decode() in page
     numbers = json.loads((folder / "metrics.json").read_text())
     assert numbers["protocol"]["name"] == "MP3D port"
     assert numbers["ap50"] == evaluation.ap50
@@ -180,22 +209,81 @@ def test_files_beside_the_page(folder, page, evaluation):
     assert numbers["froc"]["threshold_at"]["1"] == evaluation.froc.threshold_at[1]
     assert numbers["comparisons"]["one slice nine times"]["threshold_at"]["0.5"] is None
     assert (numbers["num_images"], numbers["num_lesions"], numbers["num_patients"]) == (10, 10, 5)
+    assert len(numbers["protocols"]) == 6
+    assert numbers["operating_points"] == [vars(evaluation.operating[0])]
 
 
 def test_without_pixels_there_are_numbers_but_no_pictures(tmp_path):
-    page = write_report(tmp_path / "report.html", made_evaluation(image=False)).read_text(encoding="utf-8")
-    assert "the pixels of the key slices were not kept" in page
-    assert len(Outline(page).all("img")) == 1
+    files = write_report(tmp_path / "report.html", made_evaluation())
+    page = files.page.read_text(encoding="utf-8")
+    assert "There are no pictures" in page
+    assert len(Outline(page).all("img")) == 4
+    assert files.numbers["froc_mean/LUNA16"] > 0
+    assert set(files.pictures) == {"froc", "protocols", "strata", "calibration"}
 
 
 def test_with_nothing_detected_the_report_still_stands(tmp_path):
-    silent = evaluate_detector([key_slice(0, [])], THREE_DCE_MULAN)
-    page = write_report(tmp_path / "report.html", silent).read_text(encoding="utf-8")
+    silent = evaluate_detector(Predictions("detection", [key_slice(0, [])]), num_replicates=100)
+    page = write_report(tmp_path / "report.html", silent, lambda _: ct_slice()).page.read_text(encoding="utf-8")
     text = " ".join(Outline(page).text.split())
     assert "No lesion was found." in text
     assert "Missed 1 of 1" in text
-    assert "x2 − x1 + 1 pixels" in text
     assert json.loads((tmp_path / "metrics.json").read_text())["froc"]["threshold_at"]["1"] is None
+
+
+def test_slices_that_are_not_at_hand_are_left_out(tmp_path):
+    page = write_report(tmp_path / "report.html", made_evaluation(), lambda _: None).page.read_text(encoding="utf-8")
+    assert "Their slices are not at hand." in page
+
+
+def test_a_classifier_has_a_report(tmp_path):
+    rng = np.random.default_rng(0)
+    cases = [ClassifiedCase(f"p{i}", f"s{i}", i % 2, (0.0, float(rng.normal(2 * (i % 2) - 1, 1)))) for i in range(40)]
+    point = {"threshold": 0.5, "chosen_on": "split 'val', 12 cases"}
+    evaluation = evaluate_cases(
+        Predictions("classification", cases, {"config": "{}"}, operating_point=point), "nodules", {"itself": cases},
+        ("benign", "malignant"), num_replicates=100,
+    )  # fmt: skip
+    files = write_case_report(tmp_path / "report.html", evaluation, lambda _: ct_slice(), None)
+    text = " ".join(Outline(files.page.read_text(encoding="utf-8")).text.split())
+    assert set(files.pictures) == {"roc", "scores", "confusion", "calibration"}
+    assert f"{evaluation.scores['auc']:.3f}" in text
+    assert "It was chosen on: split 'val', 12 cases." in text
+    assert "malignant, said malignant" in text
+    assert "Wrong" in text
+    assert files.numbers["auc"] == evaluation.scores["auc"]
+    numbers = json.loads((tmp_path / "metrics.json").read_text())
+    assert numbers["comparisons"]["itself"]["p_value"] == 1
+    assert numbers["metric_intervals"]["auc"][0] < numbers["metrics"]["auc"]
+
+
+def test_a_segmenter_has_a_report(tmp_path):
+    cases = [SegmentedCase(f"p{i}", f"s{i}", ((40 + 5 * i, 100, 100),), (float(i + 1),), i) for i in range(11)]
+    evaluation = evaluate_cases(
+        Predictions("segmentation", cases), "livers", class_names=("liver",), num_replicates=100
+    )
+    truth, answer = (np.zeros((96, 96), np.uint8) for _ in range(2))
+    truth[30:50, 40:60], answer[32:52, 40:60] = 1, 1
+    files = write_case_report(
+        tmp_path / "report.html", evaluation, None, lambda _: MaskedSlice(ct_slice(), truth, answer)
+    )
+    text = " ".join(Outline(files.page.read_text(encoding="utf-8")).text.split())
+    assert "Best 6 of 11" in text
+    assert "Worst 5 of 11" in text
+    assert "Dice 0.90" in text
+    assert "liver, as answered" in text
+    assert list(files.pictures) == ["dice"]
+
+
+def test_the_outline_is_drawn_on_the_true_mask():
+    truth = np.zeros((96, 96), np.uint8)
+    truth[30:50, 40:60] = 1
+    with Image.open(BytesIO(draw_masks(MaskedSlice(ct_slice(), truth, np.zeros_like(truth))))) as picture:
+        pixels = np.asarray(picture.convert("RGB")).astype(int)[:, picture.width // 2 :]
+    wanted = np.array([int(TRUE_COLOUR[i : i + 2], 16) for i in (1, 3, 5)])
+    rows, columns = np.nonzero(np.abs(pixels - wanted).sum(axis=2) < 80)
+    scale = pixels.shape[0] / 48  # the square around what is marked, 48 pixels wide
+    assert (np.ptp(columns) / scale, np.ptp(rows) / scale) == (pytest.approx(20, abs=1), pytest.approx(20, abs=1))
 
 
 def test_exhibits_say_why_a_lesion_was_missed():
@@ -224,12 +312,17 @@ def test_exhibits_prefer_different_series():
     assert gallery.num_false_positives == 3
 
 
-def test_the_window_follows_what_surrounds_the_box():
+def test_the_window_follows_the_kind_or_what_surrounds_the_box():
     box = np.array(LESION, dtype=np.float32)
     assert display_window(ct_slice(-850), box) == LUNG
     assert display_window(ct_slice(40), box) == SOFT_TISSUE
     assert display_window(ct_slice(-90), box) == SOFT_TISSUE
     assert display_window(ct_slice(-850), np.array([0.0, 0, 96, 96])) == SOFT_TISSUE
+    assert display_window(ct_slice(-1000), box) == SOFT_TISSUE  # the room around an arm
+    assert display_window(ct_slice(600), np.array([5.0, 5, 20, 20])) == BONE
+    assert display_window(ct_slice(40), box, "liver") == LIVER
+    assert display_window(ct_slice(40), box, "lung") == LUNG
+    assert display_window(ct_slice(-850), box, "kidney") == SOFT_TISSUE
 
 
 def test_the_true_box_is_drawn_on_the_lesion():

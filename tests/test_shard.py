@@ -68,7 +68,7 @@ def test_series_comes_back_as_it_was(tmp_path):
     mask = np.zeros((16, 16), np.uint8)
     mask[2:4, 1:3] = 7
     nothing = Truth(np.zeros((0, 4), np.float32), np.zeros(0, np.int64))
-    two = Truth(boxes, np.array([1, 3]), instances=np.array([7, 2]))
+    two = Truth(boxes, np.array([1, 3]), instances=np.array([7, 2]), types=("liver", None))
     truths = (Truth(), nothing, two, Truth(mask=mask), Truth(boxes[:1]))
     series = replace(make_series(truths=truths), warnings=("LOCALIZER_DROPPED",))
     shards = write_set(tmp_path, series)
@@ -95,6 +95,7 @@ def test_series_comes_back_as_it_was(tmp_path):
     assert np.array_equal(np.array(back[2].boxes), boxes)
     assert np.array_equal(np.array(back[2].labels), [1, 3])
     assert np.array_equal(np.array(back[2].instances), [7, 2])
+    assert (back[2].types, back[4].types) == (("liver", None), None)
     assert np.array_equal(np.array(back[3].mask), mask)
     assert back[3].boxes is None
     assert back[4].labels is None
@@ -133,6 +134,7 @@ def test_pictures_keep_their_jpeg(tmp_path):
         ({"boxes": np.array([[1, 2, 3, 4]], np.float32), "labels": np.array([1, 1])}, "one label"),
         ({"boxes": np.array([[1, 2, 3, 4]], np.float32), "instances": np.array([0])}, "one instance from 1 on"),
         ({"instances": np.array([1])}, "one instance"),
+        ({"boxes": np.array([[1, 2, 3, 4]], np.float32), "types": ("lung", "lung")}, "one for each box"),
         ({"mask": np.zeros((15, 16), np.uint8)}, "mask"),
     ],
 )

@@ -13,10 +13,11 @@ from typing import Any, Literal, get_args, get_origin
 
 import pytest
 import wandb
+from PIL import Image
 
 from mp3d.checkpoint import open_checkpoint
 from mp3d.config import Config, TrackingConfig, TrainConfig
-from mp3d.tracking import CONFIG_FIELDS, allowed_config, allowed_metrics, track, tracking_mode
+from mp3d.tracking import CONFIG_FIELDS, allowed_config, allowed_metrics, track, track_report, tracking_mode
 from tests.tiny import ct_shards
 from tests.wandb_server import WandbServer
 
@@ -200,6 +201,21 @@ def test_fields_that_are_sent_are_numbers_and_choices():
 def test_metrics_that_are_sent_are_numbers_under_plain_names():
     odd = {"loss": 1, "sensitivity@0.5": 0.5, "nan": float("nan"), "Doe^Jane": 1.0, "note": CANARY, f"x {CANARY}": 2}
     assert allowed_metrics(odd) == {"loss": 1.0, "sensitivity@0.5": 0.5}
+
+
+def test_a_report_is_kept_with_its_figures_and_no_path(no_wandb_environment, tmp_path: Path):
+    picture = tmp_path / "froc.png"
+    Image.new("RGB", (8, 8)).save(picture)
+    folder = tmp_path / CANARY
+    folder.mkdir()
+    track_report(TrackingConfig(mode="offline"), "judged", folder, {"froc_mean/LUNA16": 0.5}, {"froc": picture})
+    wandb.teardown()
+    files = [path for path in (folder / "wandb").rglob("*") if path.is_file()]
+    assert any(path.suffix == ".png" for path in files)
+    content = b"".join(path.read_bytes() for path in files)
+    assert b"froc_mean/LUNA16" in content
+    track_report(TrackingConfig(mode="disabled"), "judged", tmp_path / "none", {}, {})
+    assert not (tmp_path / "none").exists()
 
 
 def test_other_ranks_are_silent(tmp_path: Path):

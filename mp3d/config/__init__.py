@@ -15,6 +15,9 @@ from mp3d.config.base import Config, Fraction
 from mp3d.config.clips import AugmentConfig, ClipConfig
 from mp3d.config.heads import UNKNOWN as UNKNOWN
 from mp3d.config.heads import ClassificationHead, DetectionHead, SegmentationHead
+from mp3d.config.judging import EvaluateConfig as EvaluateConfig
+from mp3d.config.judging import GeometryPolicy, TrackingConfig
+from mp3d.config.judging import PredictConfig as PredictConfig
 
 BackboneName = Literal[
     "mp3d18", "mp3d18ba", "mp3d34ba", "mp3d63", "mp3d131",
@@ -207,17 +210,6 @@ class LaunchConfig(Config):
     """How long to wait for missing CPUs or GPUs (an autoscaler) before giving up."""
 
 
-class TrackingConfig(Config):
-    """Weights & Biases; a run never depends on it."""
-
-    mode: Literal["auto", "online", "offline", "disabled"] = "auto"
-    """auto: online where an API key is present, else offline."""
-    project: str = "mp3d"
-    group: str | None = None
-    pictures: NonNegativeInt = 0
-    """Validation slices with boxes, sent after every epoch. They show patients: 0 sends none."""
-
-
 class TrainConfig(Config):
     """One training run, complete."""
 
@@ -263,15 +255,6 @@ class TrainConfig(Config):
         return self.model_dump(mode="json", exclude={"launch", "tracking"})
 
 
-class GeometryPolicy(Config):
-    """What happens to a DICOM series that is no regular orthogonal stack, but could be made one."""
-
-    tilt: Literal["refuse", "shear"] = "refuse"
-    """A stack that a tilted gantry sheared: refuse it, or shift its rows back."""
-    uneven: Literal["refuse", "resample"] = "refuse"
-    """Uneven slice spacing: refuse it, or interpolate an even one where no gap is too wide for it."""
-
-
 class ServeConfig(Config):
     """The endpoint. Model and clip are not here: the checkpoint knows them."""
 
@@ -287,8 +270,10 @@ class ServeConfig(Config):
     """Times that a series is read, each time on a grid shifted by an equal part of its 2.5 mm. 1 answers for every 2.5
     mm; 3 for every slice of 1 mm.
     """
-    score_threshold: Fraction = 0.3
-    """Findings below it are not reported."""
+    score_threshold: Fraction | None = None
+    """Findings below it are not reported; None: the operating point, or 0.3 where the checkpoint has none."""
+    fps_per_image: PositiveFloat = 1.0
+    """Which operating point of the checkpoint: false positives per image of the validation split."""
     max_findings: PositiveInt = 200
     num_replicas: PositiveInt = 1
     cpus_per_replica: PositiveFloat = 1.0
@@ -343,35 +328,3 @@ class SweepConfig(Config):
                 f"a trial is one process; base.loop.num_workers is {self.base.loop.num_workers}, set it to 1"
             )
         return self
-
-
-class EvaluateConfig(Config):
-    """Metrics of a checkpoint on one split of prepared shards."""
-
-    checkpoint: str
-    """Checkpoint (or run) to judge."""
-    shards: str
-    """Folder that ``jobs/prepare.py`` wrote."""
-    out: str
-    """Folder for metrics.json and predictions.parquet, of a detector report.html and froc.png too."""
-    split: str = "test"
-    ablations: bool = False
-    """Also judge the same network without training, and fed its key slice nine times (no z context)."""
-    streamed: bool = False
-    """Also judge it streamed over whole series, and keep the difference beside the checkpoint: where it is at most half
-    a point of mean sensitivity, a detector trained on slabs is streamed from then on.
-    """
-    max_clips: PositiveInt | None = None
-    """Evenly spread over the split; None: every annotated slice, series or picture."""
-    threshold: Literal["val", "authors"] = "val"
-    """Where the threshold of a two-class classifier comes from: the one that is best on the validation split; or, as in
-    the authors' code, the tenth that is best on the judged split itself.
-    """
-    largest_component: bool = False
-    """Of a segmenter's answer for a series only the largest connected part of each class is judged."""
-    batch_size: PositiveInt = 4
-    runner: Literal["ray", "local"] = "ray"
-    """ray: Ray Data over ``num_workers`` processes; local: this process."""
-    num_workers: PositiveInt = 1
-    cpus_per_worker: PositiveFloat = 1.0
-    accelerator: Literal["auto", "cpu", "gpu"] = "auto"

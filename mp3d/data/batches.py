@@ -29,6 +29,9 @@ class SliceInfo:
     z_index: int
     spacing_mm: tuple[float, float, float] | None
     """z, y, x."""
+    lesion_types: tuple[str | None, ...] | None = None
+    """Of its boxes, as ``instances``; None where they are not known."""
+    instances: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -184,8 +187,14 @@ def collate(parts: list[tuple[Clip, list[Target], list[SliceInfo]]]) -> Batch:
     return Batch(list(clips), list(chain.from_iterable(targets)), list(chain.from_iterable(infos)))
 
 
+def slice_truth(row: Row, entry: SeriesEntry) -> tuple[Target, SliceInfo]:
+    """What is true of one stored slice, and which it is."""
+    return _target(row), _info(row, entry)
+
+
 def _info(row: Row, entry: SeriesEntry) -> SliceInfo:
-    return SliceInfo(row["patient"], row["series"], row["z_index"], entry.spacing_mm)
+    types, instances = (None if row[name] is None else tuple(row[name]) for name in ("lesion_types", "instances"))
+    return SliceInfo(row["patient"], row["series"], row["z_index"], entry.spacing_mm, types, instances)
 
 
 def _target(row: Row) -> Target:

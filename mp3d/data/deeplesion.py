@@ -33,7 +33,8 @@ def read_deeplesion(
 ) -> Source:
     """DeepLesion: key slices with boxes in 16-bit PNG, official split.
 
-    All lesions have the label 1. The data set does not say how a slice lies in the patient: the affine takes columns
+    All lesions have the label 1; the coarse type is stored beside it. The data set does not say how a slice lies in the
+    patient: the affine takes columns
     for +x, rows for +y and slice numbers for +z of LPS, with the origin at slice 0, so that distances are right, but
     directions and places in the body are not.
 
@@ -110,7 +111,7 @@ def load_run(run: SliceRun, lesions: Sequence[Lesion], spacing_mm: tuple[float, 
         Refusal: as :func:`~mp3d.data.deeplesion_images.read_run`.
     """
     hu = read_run(run)
-    boxes: dict[int, list[np.ndarray]] = defaultdict(list)
+    boxes: dict[int, list[tuple[np.ndarray, str | None]]] = defaultdict(list)
     warnings: set[str] = set()
     if math.isnan(spacing_mm[2]):
         spacing_mm = (*spacing_mm[:2], LONE_SLICE_MM)
@@ -120,7 +121,7 @@ def load_run(run: SliceRun, lesions: Sequence[Lesion], spacing_mm: tuple[float, 
         if warning:
             warnings.add(warning)
         if box is not None:
-            boxes[lesion.slice_number].append(box)
+            boxes[lesion.slice_number].append((box, lesion.type))
     truths = tuple(_truth(boxes[number]) for number in run.numbers)
     return series_of_run(run, hu, spacing_mm, truths, warnings)
 
@@ -201,9 +202,12 @@ def clip_box(box: Box, rows: int, columns: int) -> tuple[Float[np.ndarray, " 4"]
     return inside, "BOX_CLIPPED" if (inside != np.array(box, np.float32)).any() else None
 
 
-def _truth(boxes: Sequence[np.ndarray]) -> Truth:
+def _truth(lesions: Sequence[tuple[np.ndarray, str | None]]) -> Truth:
     """A slice whose boxes were all dropped is no slice without lesions."""
-    return Truth(np.stack(boxes), np.ones(len(boxes), np.int64)) if boxes else Truth()
+    if not lesions:
+        return Truth()
+    boxes, types = zip(*lesions, strict=True)
+    return Truth(np.stack(boxes), np.ones(len(boxes), np.int64), types=types)
 
 
 def _is_length(value: float) -> bool:

@@ -9,6 +9,18 @@ from pathlib import Path
 from mp3d.errors import DataError
 
 SPLIT_NAMES = {"1": "train", "2": "val", "3": "test"}
+LESION_TYPES: dict[str, str | None] = {
+    "-1": None,
+    "1": "bone",
+    "2": "abdomen",
+    "3": "mediastinum",
+    "4": "liver",
+    "5": "lung",
+    "6": "kidney",
+    "7": "soft tissue",
+    "8": "pelvis",
+}
+"""Of ``Coarse_lesion_type``; the training split has none."""
 SERIES_FOLDER = re.compile(r"\d{6}_\d{2}_\d{2}")
 SLICE_FILE = re.compile(r"(\d{3}|[1-9]\d{3})\.png")
 
@@ -24,6 +36,7 @@ class Lesion:
         spacing_mm: x, y and slice interval, as the table says them.
         split: the official one.
         noisy: the authors doubt this annotation.
+        type: where the lesion is, one of ``LESION_TYPES``; None: not annotated.
     """
 
     folder: str
@@ -32,6 +45,7 @@ class Lesion:
     spacing_mm: tuple[float, float, float]
     split: str
     noisy: bool
+    type: str | None = None
 
 
 def read_table(path: Path) -> list[Lesion]:
@@ -58,8 +72,11 @@ def _parse(rows: csv.DictReader, path: Path) -> Iterator[Lesion]:
             x, y, z = (float(value) for value in row["Spacing_mm_px_"].split(","))
             split = SPLIT_NAMES[row["Train_Val_Test"].strip()]
             noisy = float(row["Possibly_noisy"]) > 0
+            lesion_type = LESION_TYPES[row["Coarse_lesion_type"].strip()]
         except KeyError as error:
-            raise DataError(f"{path}, line {rows.line_num}: no column or split {error}; is it DL_info.csv?") from error
+            raise DataError(
+                f"{path}, line {rows.line_num}: no column, split or lesion type {error}; is it DL_info.csv?"
+            ) from error
         except (ValueError, AttributeError) as error:
             raise DataError(f"{path}, line {rows.line_num} cannot be parsed: {error}") from error
-        yield Lesion(folder, int(number[1]), (x1, y1, x2, y2), (x, y, z), split, noisy)
+        yield Lesion(folder, int(number[1]), (x1, y1, x2, y2), (x, y, z), split, noisy, lesion_type)

@@ -39,6 +39,8 @@ class Truth:
     """Label of every pixel, 0 where nothing is."""
     instances: np.ndarray | None = None
     """``(b,)`` int, from 1; which object of the series each box is a slice of. None: that is not known."""
+    types: tuple[str | None, ...] | None = None
+    """Kind of lesion of each box, in the data set's words (DeepLesion: bone, lung ...); None: that is not known."""
 
 
 def boxes_3d(

@@ -1,61 +1,63 @@
-"""Model and shards make predictions, predictions make metrics: detectors on key slices, other heads on cases."""
+"""Model and shards make predictions, predictions make metrics: detectors on slices, other heads on cases.
 
-from mp3d.evaluation.cases import (
-    Case,
-    CasePredictor,
-    ClassifiedCase,
-    SegmentedCase,
-    as_row,
-    case_from_row,
-    case_samples,
-    case_scores,
+shards ─► key_slices, cases ─► results ─► prediction_file ─► detection (lesions_3d), case_scores
+"""
+
+from mp3d.evaluation.case_scores import (
+    CaseComparison,
+    CaseEvaluation,
+    chosen_threshold,
     classification_scores,
+    evaluate_cases,
     segmentation_scores,
-    write_cases,
 )
+from mp3d.evaluation.cases import CasePredictor, case_samples
+from mp3d.evaluation.detection import Evaluation, evaluate_detector, froc_of
 from mp3d.evaluation.key_slices import (
     ABLATIONS,
-    Evaluation,
     KeySlicePredictor,
-    KeySliceResult,
+    SeriesPredictor,
     Variant,
     answers_for,
-    evaluate_detector,
-    froc_of,
-    key_slice_samples,
+    detection_samples,
     predict_clips,
     provenance_of,
-    read_predictions,
-    with_pictures,
     without_context,
-    write_predictions,
 )
+from mp3d.evaluation.pictures import MaskedSlice, Pictures
+from mp3d.evaluation.prediction_file import Predictions, check_same_truth, read_predictions, write_predictions
+from mp3d.evaluation.results import Case, ClassifiedCase, KeySliceResult, Record, SegmentedCase
 
 __all__ = [
     "ABLATIONS",
     "Case",
+    "CaseComparison",
+    "CaseEvaluation",
     "CasePredictor",
     "ClassifiedCase",
     "Evaluation",
     "KeySlicePredictor",
     "KeySliceResult",
+    "MaskedSlice",
+    "Pictures",
+    "Predictions",
+    "Record",
     "SegmentedCase",
+    "SeriesPredictor",
     "Variant",
     "answers_for",
-    "as_row",
-    "case_from_row",
     "case_samples",
-    "case_scores",
+    "check_same_truth",
+    "chosen_threshold",
     "classification_scores",
+    "detection_samples",
+    "evaluate_cases",
     "evaluate_detector",
     "froc_of",
-    "key_slice_samples",
     "predict_clips",
     "provenance_of",
     "read_predictions",
     "segmentation_scores",
-    "with_pictures",
     "without_context",
-    "write_cases",
     "write_predictions",
 ]

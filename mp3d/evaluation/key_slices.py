@@ -1,149 +1,42 @@
-"""A detector judged on key slices: clips to predictions, predictions to one file, predictions to metrics."""
+"""A detector's answers: for annotated key slices, each in its own clip, or for every slice of whole series."""
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
+from hashlib import file_digest
 from importlib.metadata import version
 from itertools import chain, groupby
 from operator import attrgetter
-from pathlib import Path
-from typing import Any, Literal, Self, cast
+from typing import Literal, cast
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
-from jaxtyping import Float32, Int16, Int64
+from jaxtyping import Int16
 from torch import Tensor, nn
 
 from mp3d.checkpoint import Checkpoint, open_checkpoint
 from mp3d.config import EvaluateConfig
-from mp3d.data.batches import Batch, ClipDataset, SliceInfo, evaluation_batches, read_clip
+from mp3d.data.batches import Batch, ClipDataset, SliceInfo, evaluation_batches, read_clip, slice_truth
 from mp3d.data.clips import series_grid, stored_slices
 from mp3d.data.samples import Sample, annotated_samples
+from mp3d.data.series import Volume
 from mp3d.data.shard import ShardSet, decode_image, open_shards
 from mp3d.device import autocast, pick_device, ready_for_inference
 from mp3d.errors import ConfigError, DataError
-from mp3d.metrics.average_precision import average_precision
-from mp3d.metrics.froc import MP3D_PORT, FrocProtocol, FrocResult, froc
+from mp3d.evaluation.results import KeySliceResult
 from mp3d.models import build_model
 from mp3d.models.stream import check_streamable
-from mp3d.predict import Predictor
+from mp3d.predict import Finding, Predictor
 from mp3d.sample import Clip, Prediction, Target
-
-PREDICTIONS_FORMAT = b"mp3d key-slice predictions 1"
-_BOXES = pa.list_(pa.list_(pa.float32(), 4))
-_LABELS = pa.list_(pa.int64())
-PREDICTIONS_SCHEMA = pa.schema(
-    {
-        "patient": pa.string(),
-        "series": pa.string(),
-        "z_index": pa.int32(),
-        "spacing_mm": pa.list_(pa.float64(), 3),
-        "true_boxes": _BOXES,
-        "true_labels": _LABELS,
-        "boxes": _BOXES,
-        "scores": pa.list_(pa.float32()),
-        "labels": _LABELS,
-    }
-)
-"""One row per key slice: truth and answer, no pixels, ids as hashed in the shards."""
 
 Variant = Literal["trained", "streamed", "without training", "one slice nine times"]
 ABLATIONS: tuple[Variant, ...] = ("without training", "one slice nine times")
 """What a detector is compared with: the same network before training, and itself without context along z."""
-
-
-@dataclass(frozen=True, eq=False)
-class KeySliceResult:
-    """What is true of one key slice and what the model said.
-
-    Attributes:
-        patient: hashed id, as in the shards; so is ``series``.
-        z_index: slice number in the source series.
-        spacing_mm: z, y, x.
-        true_boxes: xyxy in pixels of the key slice, half-open; so are ``boxes``.
-        image: the key slice in HU, or None where the pixels were not kept.
-    """
-
-    patient: str
-    series: str
-    z_index: int
-    spacing_mm: tuple[float, float, float]
-    true_boxes: Float32[np.ndarray, "t 4"]
-    true_labels: Int64[np.ndarray, " t"]
-    boxes: Float32[np.ndarray, "b 4"]
-    scores: Float32[np.ndarray, " b"]
-    labels: Int64[np.ndarray, " b"]
-    image: Int16[np.ndarray, "h w"] | None = None
-
-    @classmethod
-    def of(cls, prediction: Prediction, target: Target, info: SliceInfo) -> Self:
-        """From what :func:`predict_clips` yields.
-
-        Raises:
-            DataError: the slice is a picture, which has no spacing.
-        """
-        if info.spacing_mm is None:
-            raise DataError(f"{info.series} is a picture; lesions are judged on CT slices")
-        return cls(
-            patient=info.patient,
-            series=info.series,
-            z_index=info.z_index,
-            spacing_mm=info.spacing_mm,
-            true_boxes=target["boxes"].float().numpy(),
-            true_labels=target["labels"].long().numpy(),
-            boxes=prediction["boxes"].float().numpy(),
-            scores=prediction["scores"].float().numpy(),
-            labels=prediction["labels"].long().numpy(),
-        )
-
-    def as_row(self) -> dict[str, Any]:
-        """Plain values of ``PREDICTIONS_SCHEMA``."""
-        return {name: _plain(getattr(self, name)) for name in PREDICTIONS_SCHEMA.names}
-
-    @classmethod
-    def from_row(cls, row: Mapping[str, Any]) -> Self:
-        """What :meth:`as_row` made."""
-        return cls(
-            patient=row["patient"],
-            series=row["series"],
-            z_index=row["z_index"],
-            spacing_mm=tuple(row["spacing_mm"]),
-            true_boxes=np.array([*row["true_boxes"]], dtype=np.float32).reshape(-1, 4),
-            true_labels=np.array(row["true_labels"], dtype=np.int64),
-            boxes=np.array([*row["boxes"]], dtype=np.float32).reshape(-1, 4),
-            scores=np.array(row["scores"], dtype=np.float32),
-            labels=np.array(row["labels"], dtype=np.int64),
-        )
-
-
-@dataclass(frozen=True, eq=False)
-class Evaluation:
-    """One model on one set of key slices.
-
-    Attributes:
-        name: what was evaluated, e.g. the run's name.
-        provenance: where the numbers come from: digests of checkpoint and data, config, versions, date, command.
-        comparisons: FROC of other models, or of the same one fed otherwise, on the same key slices.
-    """
-
-    name: str
-    froc: FrocResult
-    ap50: float
-    results: Sequence[KeySliceResult]
-    provenance: Mapping[str, str] = field(default_factory=dict)
-    comparisons: Mapping[str, FrocResult] = field(default_factory=dict)
-
-    @property
-    def protocol(self) -> FrocProtocol:
-        return self.froc.protocol
-
-    @property
-    def num_patients(self) -> int:
-        return len({result.patient for result in self.results})
+LEAST_SCORE = 0.01
+"""Of boxes on all slices of a series, which would be ten thousands without it."""
 
 
 def predict_clips(
@@ -180,13 +73,26 @@ def without_context(clip: Clip) -> Clip:
     return Clip(clip.slices[key_slice].expand_as(clip.slices), clip.key_slices)
 
 
-def key_slice_samples(config: EvaluateConfig, shards: ShardSet) -> list[Sample]:
-    """The annotated key slices of the split, at most ``max_clips`` of them, evenly spread.
+def detection_samples(config: EvaluateConfig, shards: ShardSet, split: str | None = None) -> list[Sample]:
+    """The annotated key slices of the split, at most ``max_clips`` of them, evenly spread; with ``slices`` "all" its
+    searched series, a sample each.
+
+    Args:
+        split: None: ``config.split``.
 
     Raises:
-        DataError: the split is empty, or no slice of it has a box.
+        DataError: the split is empty, no slice of it has a box, or none of its series was searched.
     """
-    samples, _ = annotated_samples(shards, config.split)
+    split = split or config.split
+    samples, _ = annotated_samples(shards, split)
+    if config.slices == "all":
+        searched = [entry for entry in shards.split(split) if entry.rows_without_boxes()]
+        if not searched:
+            raise DataError(
+                f"no series of split {split!r} of {shards.folder} was searched completely: of slices without a box "
+                "nothing is known; judge the key slices"
+            )
+        samples = [Sample(entry, 0) for entry in searched]
     return samples[:: math.ceil(len(samples) / (config.max_clips or len(samples)))]
 
 
@@ -199,7 +105,7 @@ class KeySlicePredictor:
     """
 
     def __init__(self, config: EvaluateConfig, variant: Variant = "trained") -> None:
-        checkpoint = open_checkpoint(config.checkpoint)
+        checkpoint = open_checkpoint(config.checkpoint or "")
         if checkpoint.config.model.head.kind != "detection":
             raise ConfigError(
                 f"{checkpoint.path} has a {checkpoint.config.model.head.kind} head; jobs/evaluate.py judges detectors"
@@ -208,7 +114,7 @@ class KeySlicePredictor:
             check_streamable(checkpoint.config.model)
         self.variant, self.batch_size = variant, config.batch_size
         self.clip = checkpoint.config.clip
-        self.shards = open_shards(config.shards)
+        self.shards = open_shards(config.shards or "")
         self.device = pick_device(config.accelerator)
         torch.manual_seed(checkpoint.config.loop.seed)
         self.model = build_model(checkpoint.config.model, self.clip)
@@ -261,114 +167,67 @@ def answers_for(
     return answers
 
 
-def with_pictures(
-    results: Sequence[KeySliceResult], samples: Sequence[Sample], shards: ShardSet, limit: int = 500
-) -> list[KeySliceResult]:
-    """The results with their key slice in HU, for at most ``limit`` of them, evenly spread: what a report can draw."""
-    stride = math.ceil(len(results) / limit)
-    pictured = list(results)
-    for index in range(0, len(results), stride):
-        sample = samples[index]
-        row = shards.read_rows(sample.entry, sample.row, sample.row + 1)[0]
-        pictured[index] = replace(results[index], image=decode_image(row))
-    return pictured
+class SeriesPredictor:
+    """A checkpoint that answers for every slice of whole series, as ``predict`` and ``serve`` do.
+
+    Raises:
+        CheckpointError, DataError: checkpoint or shards cannot be used.
+    """
+
+    variant: Variant = "trained"
+
+    def __init__(self, config: EvaluateConfig) -> None:
+        self.shards = open_shards(config.shards or "")
+        self.predictor = Predictor.open(config.checkpoint or "", config.accelerator)
+
+    def __call__(self, samples: list[Sample]) -> list[KeySliceResult]:
+        return list(chain.from_iterable(self._series(sample) for sample in samples))
+
+    def _series(self, sample: Sample) -> Iterator[KeySliceResult]:
+        """Of the slices that were searched; on the others nobody knows what is true."""
+        entry = sample.entry
+        rows = list(self.shards.iter_rows(entry))
+        affine = np.reshape(rows[0]["affine"], (4, 4))
+        volume = Volume(np.stack([decode_image(row) for row in rows]), affine)
+        on_slice: dict[int, list[Finding]] = defaultdict(list)
+        for finding in self.predictor.find_lesions(volume, LEAST_SCORE):
+            on_slice[finding.slice_index].append(finding)
+        for index, row in enumerate(rows):
+            target, info = slice_truth(row, entry)
+            if "boxes" in target:
+                yield KeySliceResult.of(_as_prediction(on_slice[index]), target, info)
+
+
+def _as_prediction(findings: Sequence[Finding]) -> Prediction:
+    return Prediction(
+        boxes=torch.tensor([finding.box_px for finding in findings]).reshape(-1, 4),
+        scores=torch.tensor([finding.score for finding in findings]),
+        labels=torch.tensor([finding.label for finding in findings], dtype=torch.int64),
+    )
 
 
 def provenance_of(checkpoint: Checkpoint, shards: ShardSet, config: EvaluateConfig) -> dict[str, str]:
     """Where numbers come from, without names of folders."""
+    passport = shards.folder / "passport.json"
+    known = {}
+    if passport.exists():
+        with passport.open("rb") as file:
+            known["data passport"] = file_digest(file, "sha256").hexdigest()
+    settings = checkpoint.config.model_dump(mode="json", exclude={"shards", "init_from", "launch", "tracking"})
     return {
         "checkpoint": checkpoint.digest,
         "run": f"{checkpoint.config.name}, epoch {checkpoint.epoch}",
         "model": f"{checkpoint.config.model.backbone} x{checkpoint.config.model.width:g}",
         "data set": f"{shards.dataset}, split {config.split}",
         "data manifest": shards.digest,
+        **known,
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        **{package: version(package) for package in ("mp3d", "torch", "torchvision")},
+        **{package: version(package) for package in ("mp3d", "torch", "torchvision", "numpy")},
+        "config": json.dumps(settings, sort_keys=True),
     }
-
-
-def froc_of(results: Sequence[KeySliceResult], protocol: FrocProtocol = MP3D_PORT) -> FrocResult:
-    """All labels taken as one class, *lesion*.
-
-    Raises:
-        DataError: no result, or none with a true box.
-    """
-    return froc([(each.boxes, each.scores) for each in results], [each.true_boxes for each in results], protocol)
-
-
-def evaluate_detector(
-    results: Sequence[KeySliceResult],
-    protocol: FrocProtocol = MP3D_PORT,
-    name: str = "detector",
-    provenance: Mapping[str, str] | None = None,
-    comparisons: Mapping[str, Sequence[KeySliceResult]] | None = None,
-) -> Evaluation:
-    """FROC and AP50 of the results, and the FROC of others to compare with.
-
-    Args:
-        comparisons: the results of other models on the same key slices, by name.
-
-    Raises:
-        DataError: no result, none with a true box, or a comparison on other key slices or another truth.
-    """
-    comparisons = comparisons or {}
-    for other_name, other in comparisons.items():
-        _check_same_truth(name, results, other_name, other)
-    return Evaluation(
-        name=name,
-        froc=froc_of(results, protocol),
-        ap50=average_precision([(each.boxes, each.scores) for each in results], [each.true_boxes for each in results]),
-        results=results,
-        provenance=provenance or {},
-        comparisons={other_name: froc_of(other, protocol) for other_name, other in comparisons.items()},
-    )
-
-
-def write_predictions(
-    path: Path, results: Sequence[KeySliceResult], provenance: Mapping[str, str] | None = None
-) -> None:
-    """One Parquet file from which every metric can be computed again; pixels are left out."""
-    rows = [result.as_row() for result in results]
-    metadata = {b"format": PREDICTIONS_FORMAT, b"provenance": json.dumps(dict(provenance or {})).encode()}
-    table = pa.Table.from_pylist(rows, PREDICTIONS_SCHEMA.with_metadata(metadata))
-    pq.write_table(table, path, compression="zstd")
-
-
-def read_predictions(path: Path) -> tuple[list[KeySliceResult], dict[str, str]]:
-    """The results, without pixels, and the provenance that :func:`write_predictions` stored.
-
-    Raises:
-        DataError: the file is missing, no Parquet file, or not one of ours.
-    """
-    try:
-        table = pq.read_table(path)
-    except (OSError, pa.ArrowInvalid) as error:
-        raise DataError(f"cannot read predictions from {path}: {error}") from error
-    metadata = table.schema.metadata or {}
-    if metadata.get(b"format") != PREDICTIONS_FORMAT:
-        raise DataError(f"{path} holds no key-slice predictions of this format; write it again with jobs/evaluate.py")
-    results = [KeySliceResult.from_row(row) for row in table.to_pylist()]
-    return results, json.loads(metadata[b"provenance"])
 
 
 def _on_cpu(prediction: Prediction) -> Prediction:
     tensors = cast(dict[str, Tensor], prediction)
     answer = {name: (each.float() if each.is_floating_point() else each).cpu() for name, each in tensors.items()}
     return cast(Prediction, answer)
-
-
-def _plain(value: Any) -> Any:
-    return value.tolist() if isinstance(value, np.ndarray) else value
-
-
-def _check_same_truth(
-    name: str, results: Sequence[KeySliceResult], other_name: str, other: Sequence[KeySliceResult]
-) -> None:
-    def truth(each: KeySliceResult) -> tuple:
-        return each.series, each.z_index, each.true_boxes.tobytes()
-
-    if [truth(each) for each in results] != [truth(each) for each in other]:
-        raise DataError(
-            f"{other_name!r} was not evaluated on the key slices of {name!r}, in the same order and with the same "
-            "true boxes; only then may they stand side by side"
-        )

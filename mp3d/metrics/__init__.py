@@ -11,7 +11,8 @@ from mp3d.metrics.accuracy import top_k_accuracy
 from mp3d.metrics.average_precision import average_precision, mean_average_precision
 from mp3d.metrics.classification import roc_auc
 from mp3d.metrics.dice import Counts, dice, overlap_counts
-from mp3d.metrics.froc import MP3D_PORT, Detections, FrocProtocol, froc
+from mp3d.metrics.froc import Detections, froc
+from mp3d.metrics.protocols import MP3D_PORT, FrocProtocol
 
 Records = Sequence[Mapping[str, Any]]
 """Predictions or targets of ``mp3d.sample``, one per key slice; their values are numpy arrays or CPU tensors."""

@@ -13,6 +13,8 @@ RECALL_POINTS = np.linspace(0, 1, 101)
 """Where COCO reads the precision."""
 COCO_IOU_THRESHOLDS = tuple(percent / 100 for percent in range(50, 100, 5))
 """Over which COCO takes the mean."""
+CHUNK = 32
+"""Replicates at a time, for the sake of memory."""
 
 
 def average_precision(
@@ -30,27 +32,23 @@ def average_precision(
     Raises:
         DataError: there is no true box at all (COCO gives -1 then).
     """
-    num_lesions = sum(len(true_boxes) for true_boxes in truths)
-    if num_lesions == 0:
-        raise DataError(f"average precision is undefined: {len(truths)} images hold no true box")
+    image, hits = _ranked_hits(detections, truths, iou_threshold, max_detections)
+    lesions = np.array([len(true_boxes) for true_boxes in truths])
+    return float(_average_precisions(image, hits, lesions, np.ones((1, len(truths)), np.int64))[0])
 
-    all_scores, all_hits = [], []
-    for (boxes, scores), true_boxes in zip(detections, truths, strict=True):
-        order = np.argsort(-scores, kind="stable")[:max_detections]
-        all_scores.append(scores[order])
-        all_hits.append(_hits(boxes[order], true_boxes, iou_threshold))
-    order = np.argsort(-np.concatenate(all_scores), kind="stable")
-    hits = np.concatenate(all_hits)[order]
-    if len(hits) == 0:
-        return 0.0
 
-    num_hits = np.cumsum(hits)
-    recall = num_hits / num_lesions
-    precision = num_hits / np.arange(1, len(hits) + 1)
-    best_from_here = np.maximum.accumulate(precision[::-1])[::-1]
-    index = np.searchsorted(recall, RECALL_POINTS, side="left")
-    reached = index < len(recall)
-    return float(np.where(reached, best_from_here[np.minimum(index, len(recall) - 1)], 0).mean())
+def average_precision_replicates(
+    detections: Sequence[Detections],
+    truths: Sequence[Float[np.ndarray, "_ 4"]],
+    weights: Int[np.ndarray, "r images"],
+    iou_threshold: float = 0.5,
+    max_detections: int = 100,
+) -> Float[np.ndarray, " r"]:
+    """:func:`average_precision` under each row of weights of the images; NaN where a row has no true box."""
+    image, hits = _ranked_hits(detections, truths, iou_threshold, max_detections)
+    lesions = np.array([len(true_boxes) for true_boxes in truths])
+    chunks = [weights[start : start + CHUNK] for start in range(0, len(weights), CHUNK)]
+    return np.concatenate([_average_precisions(image, hits, lesions, chunk) for chunk in chunks])
 
 
 def mean_average_precision(
@@ -86,6 +84,41 @@ def mean_average_precision(
     return float(np.mean(found))
 
 
+def _ranked_hits(
+    detections: Sequence[Detections], truths: Sequence[np.ndarray], iou_threshold: float, max_detections: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Image of each detection in order of score, and whether it finds a lesion of its own."""
+    if sum(len(true_boxes) for true_boxes in truths) == 0:
+        raise DataError(f"average precision is undefined: {len(truths)} images hold no true box")
+    all_scores, all_hits, images = [], [], []
+    for number, ((boxes, scores), true_boxes) in enumerate(zip(detections, truths, strict=True)):
+        order = np.argsort(-scores, kind="stable")[:max_detections]
+        all_scores.append(scores[order])
+        all_hits.append(_hits(boxes[order], true_boxes, iou_threshold))
+        images.append(np.full(len(order), number))
+    order = np.argsort(-np.concatenate(all_scores), kind="stable")
+    return np.concatenate(images)[order], np.concatenate(all_hits)[order]
+
+
+def _average_precisions(
+    image: np.ndarray, hits: np.ndarray, lesions: np.ndarray, weights: Int[np.ndarray, "r images"]
+) -> Float[np.ndarray, " r"]:
+    num_lesions = weights @ lesions
+    values = np.where(num_lesions > 0, 0.0, np.nan)
+    if len(hits) == 0:
+        return values
+    of_each = weights[:, image]
+    num_hits = np.cumsum(of_each * hits, axis=1)
+    precision = num_hits / np.maximum(np.cumsum(of_each, axis=1), 1)
+    best_from_here = np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]
+    for row in np.flatnonzero(num_lesions):
+        recall = num_hits[row] / num_lesions[row]
+        index = np.searchsorted(recall, RECALL_POINTS, side="left")
+        reached = index < len(recall)
+        values[row] = np.where(reached, best_from_here[row, np.minimum(index, len(recall) - 1)], 0).mean()
+    return values
+
+
 def _hits(boxes: np.ndarray, true_boxes: np.ndarray, iou_threshold: float) -> np.ndarray:
     """Which boxes, in the order given, find a true box of their own: the free one that they overlap most."""
     hits = np.zeros(len(boxes), dtype=bool)
@@ -93,7 +126,7 @@ def _hits(boxes: np.ndarray, true_boxes: np.ndarray, iou_threshold: float) -> np
         return hits
     iou = box_iou(boxes[:, None].astype(np.float64), true_boxes[None].astype(np.float64))
     for row in range(len(boxes)):
-        best = int(np.argmax(iou[row]))
+        best = len(true_boxes) - 1 - int(np.argmax(iou[row, ::-1]))  # of equal ones the last, as in COCO
         if iou[row, best] >= iou_threshold:
             hits[row] = True
             iou[:, best] = -1  # taken

@@ -38,6 +38,56 @@ def roc_auc(scores: Float[np.ndarray, " n"], labels: Int[np.ndarray, " n"]) -> f
     return float((below + not_above).sum() / 2 / (len(positives) * len(negatives)))
 
 
+def roc_curve(
+    scores: Float[np.ndarray, " n"], labels: Int[np.ndarray, " n"]
+) -> tuple[Float[np.ndarray, " p"], Float[np.ndarray, " p"], Float[np.ndarray, " p"]]:
+    """1 - specificity, sensitivity and threshold of each point, from none said to all said; equal scores: one point.
+
+    Raises:
+        DataError: as of :func:`roc_auc`.
+    """
+    _check(scores, labels)
+    thresholds = np.unique(scores)[::-1]
+    positives, negatives = np.sort(scores[labels == 1]), np.sort(scores[labels == 0])
+    sensitivity = 1 - np.searchsorted(positives, thresholds, side="left") / len(positives)
+    alarms = 1 - np.searchsorted(negatives, thresholds, side="left") / len(negatives)
+    return np.r_[0.0, alarms], np.r_[0.0, sensitivity], np.r_[np.inf, thresholds]
+
+
+def weighted_auc(
+    scores: Float[np.ndarray, " n"], labels: Int[np.ndarray, " n"], weights: Int[np.ndarray, "r n"]
+) -> Float[np.ndarray, " r"]:
+    """:func:`roc_auc` under each row of weights; NaN where a class has none."""
+    _, place = np.unique(scores, return_inverse=True)
+    at = np.eye(place.max() + 1, dtype=np.int64)[place]
+    positives, negatives = ((weights * (labels == label)) @ at for label in (1, 0))
+    below = np.cumsum(negatives, axis=1) - negatives
+    pairs = (positives * (2 * below + negatives)).sum(1)
+    possible = 2 * positives.sum(1) * negatives.sum(1)
+    return np.divide(pairs, possible, out=np.full(len(weights), np.nan), where=possible > 0)
+
+
+def weighted_threshold_scores(
+    scores: Float[np.ndarray, " n"], labels: Int[np.ndarray, " n"], threshold: float, weights: Int[np.ndarray, "r n"]
+) -> dict[str, Float[np.ndarray, " r"]]:
+    """:func:`threshold_scores` under each row of weights, by name; NaN where it is a share of nothing."""
+    said, true = scores >= threshold, labels == 1
+    hits, misses, alarms, rejections = (
+        weights @ which for which in (said & true, ~said & true, said & ~true, ~said & ~true)
+    )
+
+    def share(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
+        return np.divide(part, whole, out=np.full(len(weights), np.nan), where=whole > 0)
+
+    return {
+        "accuracy": share(hits + rejections, weights.sum(1)),
+        "sensitivity": share(hits, hits + misses),
+        "specificity": share(rejections, rejections + alarms),
+        "precision": share(hits, hits + alarms),
+        "f1": share(2 * hits, 2 * hits + alarms + misses),
+    }
+
+
 def threshold_scores(
     scores: Float[np.ndarray, " n"], labels: Int[np.ndarray, " n"], threshold: float
 ) -> ThresholdScores:

@@ -1,10 +1,8 @@
-"""FROC on key slices: sensitivity against false positives per image (MP3D port, ``lesion.py``; 3DCE; MULAN).
+"""FROC: sensitivity against false positives per image, by the rules of a protocol (:mod:`mp3d.metrics.protocols`).
 
-The detections of all images are pooled and taken in descending order of score. One that overlaps no true box of its
-image by the IoU threshold is a false positive; otherwise it finds every true box that it overlaps so, which may be
-several at once. One that overlaps only boxes found before is neither a hit nor a false positive.
-
-Published figures differ by protocol more than by method, so a :class:`FrocProtocol` is part of every result.
+The detections of all images are pooled and taken in descending order of score. In 3DCE, MULAN, AlignShift and MP3D one
+that overlaps no true box of its image by the threshold is a false positive; otherwise it finds every true box that it
+overlaps so, which may be several at once; one that overlaps only boxes found before is neither.
 
 Differs from the authors' code: equal scores keep their order (theirs is undefined, an unstable sort); beyond the end of
 the curve the last sensitivity is repeated as in MULAN (3DCE extrapolates, the MP3D port leaves those points out);
@@ -12,58 +10,39 @@ before its start it is 0.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 
 from mp3d.errors import DataError
-from mp3d.metrics.boxes import box_iou
+from mp3d.metrics.protocols import MP3D_PORT, FrocProtocol
 
-Detections = tuple[Float[np.ndarray, "_ 4"], Float[np.ndarray, " _"]]
-"""Boxes of one image, xyxy in pixels, and their scores."""
+Detections = tuple[Float[np.ndarray, "_ corners"], Float[np.ndarray, " _"]]
+"""Boxes of one image, xyxy in pixels (or xyzxyz in voxels), and their scores."""
 
 
-@dataclass(frozen=True)
-class FrocProtocol:
-    """The rules behind a FROC figure.
+@dataclass(frozen=True, eq=False)
+class Matching:
+    """Detections of all images in descending order of score, and what each of them is.
 
     Attributes:
-        name: how the protocol is called in outputs.
-        iou_threshold: a true box is found from this overlap on.
-        plus_one: IoU with widths of ``x2 - x1 + 1``.
-        fps_per_image: where the sensitivity is read, ascending.
-        mean_over: those of them that enter the mean.
+        scores: one for each detection; so are ``image`` and ``is_false_positive``.
+        found_at: for each true box, in order of the images, the place of the detection that finds it; the number of
+            detections where none does.
+        lesion_image: the image of each true box.
     """
 
-    name: str
-    iou_threshold: float
-    plus_one: bool
-    fps_per_image: tuple[float, ...]
-    mean_over: tuple[float, ...]
+    scores: Float[np.ndarray, " d"]
+    image: Int[np.ndarray, " d"]
+    is_false_positive: Bool[np.ndarray, " d"]
+    found_at: Int[np.ndarray, " t"]
+    lesion_image: Int[np.ndarray, " t"]
+    num_images: int
 
-    def __post_init__(self) -> None:
-        if not set(self.mean_over) <= set(self.fps_per_image):
-            raise ValueError(f"mean_over {self.mean_over} must be among fps_per_image {self.fps_per_image}")
-
-
-MP3D_PORT = FrocProtocol(
-    name="MP3D port",
-    iou_threshold=0.5,
-    plus_one=False,
-    fps_per_image=(0.5, 1.0, 2.0, 4.0, 8.0, 16.0),
-    mean_over=(0.5, 1.0, 2.0, 4.0),
-)
-"""The authors' port to MMDetection 2 (``lesion.py``): no extra pixel. Our default."""
-
-THREE_DCE_MULAN = FrocProtocol(
-    name="3DCE/MULAN",
-    iou_threshold=0.5,
-    plus_one=True,
-    fps_per_image=(0.5, 1.0, 2.0, 4.0, 8.0, 16.0),
-    mean_over=(0.5, 1.0, 2.0, 4.0),
-)
-"""3DCE, MULAN, AlignShift, A3D and SATr: one extra pixel in every width and height."""
+    @property
+    def num_lesions(self) -> int:
+        return len(self.found_at)
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,35 +70,46 @@ class FrocResult:
     num_lesions: int
 
     @property
+    def curve(self) -> tuple[Float[np.ndarray, " points"], Float[np.ndarray, " points"]]:
+        """False positives per image and sensitivity where the protocol has points to read between."""
+        if self.protocol.equal_scores == "one by one":
+            return self.fps_per_image, self.sensitivity
+        ends = block_ends(self.thresholds)
+        return np.r_[0.0, self.fps_per_image[ends]], np.r_[0.0, self.sensitivity[ends]]
+
+    @property
     def last_fps_per_image(self) -> float:
         """Where the curve ends; sensitivities quoted beyond it repeat the last one."""
         return float(self.fps_per_image[-1]) if len(self.fps_per_image) else 0.0
 
 
 def froc(
-    detections: Sequence[Detections], truths: Sequence[Float[np.ndarray, "_ 4"]], protocol: FrocProtocol = MP3D_PORT
+    detections: Sequence[Detections], truths: Sequence[np.ndarray], protocol: FrocProtocol = MP3D_PORT
 ) -> FrocResult:
     """The FROC curve of one set of images.
 
     Args:
         detections: for each image its boxes and scores, in any order.
-        truths: for each image its true boxes, ``(0, 4)`` where it has none.
+        truths: for each image its true boxes, ``(0, 4)`` (in space ``(0, 6)``) where it has none.
 
     Raises:
         DataError: no image, no true box at all (sensitivity is undefined then), or a score that is not a number.
     """
+    return read_curve(match(detections, truths, protocol), protocol)
+
+
+def match(detections: Sequence[Detections], truths: Sequence[np.ndarray], protocol: FrocProtocol) -> Matching:
+    """Which detection finds what; arguments and errors as of :func:`froc`."""
     image, boxes, scores = _pool(detections)
     truth_counts = np.array([len(each) for each in truths], dtype=np.int64)
-    num_images, num_lesions = len(truths), int(truth_counts.sum())
-    if len(detections) != num_images:
-        raise ValueError(f"{len(detections)} lists of detections for {num_images} images; there must be one for each")
-    if num_lesions == 0:
+    if len(detections) != len(truths):
+        raise ValueError(f"{len(detections)} lists of detections for {len(truths)} images; there must be one for each")
+    if truth_counts.sum() == 0:
         raise DataError(
-            f"sensitivity is undefined: {num_images} images hold no true box; evaluate a split that has lesions"
+            f"sensitivity is undefined: {len(truths)} images hold no true box; evaluate a split that has lesions"
         )
     if not np.isfinite(scores).all():
         raise DataError("a detection's score is not a finite number; the model has probably diverged")
-
     order = np.argsort(-scores, kind="stable")
     image, boxes, scores = image[order], boxes[order], scores[order]
 
@@ -131,26 +121,56 @@ def froc(
     truth = np.arange(len(detection)) + np.repeat(first_truth - first_pair, pairs_per_detection)
 
     true_boxes = np.concatenate(truths).astype(np.float64)
-    overlaps = box_iou(boxes[detection], true_boxes[truth], protocol.plus_one) >= protocol.iou_threshold
-    is_false_positive = np.bincount(detection[overlaps], minlength=len(scores)) == 0
-    # The rank of the first detection that finds each true box; past the end where none does.
-    found_by = np.full(num_lesions, len(scores))
-    np.minimum.at(found_by, truth[overlaps], detection[overlaps])
+    overlap = protocol.overlap(boxes[detection], true_boxes[truth])
+    near = overlap >= protocol.threshold
+    detection, truth, overlap = detection[near], truth[near], overlap[near]
+    found_at = np.full(len(true_boxes), len(scores))
+    if protocol.further_hits == "ignored":
+        is_hit = np.bincount(detection, minlength=len(scores)) > 0
+        np.minimum.at(found_at, truth, detection)
+    else:
+        is_hit = _match_one_to_one(detection, truth, overlap, found_at, len(scores))
+    lesion_image = np.repeat(np.arange(len(truths)), truth_counts)
+    return Matching(scores, image, ~is_hit, found_at, lesion_image, len(truths))
 
-    fps_per_image = np.cumsum(is_false_positive) / num_images
-    sensitivity = np.cumsum(np.bincount(found_by, minlength=len(scores))[: len(scores)]) / num_lesions
-    sensitivity_at = {fps: _read_curve(fps_per_image, sensitivity, fps) for fps in protocol.fps_per_image}
-    return FrocResult(
+
+def read_curve(matching: Matching, protocol: FrocProtocol) -> FrocResult:
+    """The curve of a matching, and the protocol's points on it."""
+    num_detections = len(matching.scores)
+    found = np.bincount(matching.found_at, minlength=num_detections)[:num_detections]
+    fps_per_image = np.cumsum(matching.is_false_positive) / matching.num_images
+    sensitivity = np.cumsum(found) / matching.num_lesions
+    ends = block_ends(matching.scores)
+    result = FrocResult(
         protocol=protocol,
         fps_per_image=fps_per_image,
         sensitivity=sensitivity,
-        thresholds=scores,
-        sensitivity_at=sensitivity_at,
-        threshold_at={fps: _lowest_score(fps_per_image, scores, fps) for fps in protocol.fps_per_image},
-        mean_sensitivity=float(np.mean([sensitivity_at[fps] for fps in protocol.mean_over])),
-        num_images=num_images,
-        num_lesions=num_lesions,
+        thresholds=matching.scores,
+        sensitivity_at={},
+        threshold_at={
+            fps: _lowest_score(fps_per_image[ends], matching.scores[ends], fps) for fps in protocol.fps_per_image
+        },
+        mean_sensitivity=0.0,
+        num_images=matching.num_images,
+        num_lesions=matching.num_lesions,
     )
+    at = {fps: read_at(*result.curve, fps) for fps in protocol.fps_per_image}
+    mean = float(np.mean([at[fps] for fps in protocol.mean_over]))
+    return replace(result, sensitivity_at=at, mean_sensitivity=mean)
+
+
+def read_at(fps_per_image: np.ndarray, sensitivity: np.ndarray, fps: float) -> float:
+    """Linear interpolation; where several points share one false positive count, the highest sensitivity there.
+
+    That is what ``scipy.interpolate.interp1d`` does inside the curve. Outside it the first and the last value are
+    repeated; a curve that does not start at 0 false positives starts with one, and so with a sensitivity of 0.
+    """
+    return float(np.interp(fps, fps_per_image, sensitivity)) if len(fps_per_image) else 0.0
+
+
+def block_ends(scores: Float[np.ndarray, " n"]) -> Int[np.ndarray, " m"]:
+    """The last place of each run of equal scores."""
+    return np.flatnonzero(np.diff(scores, append=-np.inf))
 
 
 def _pool(detections: Sequence[Detections]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -165,19 +185,21 @@ def _pool(detections: Sequence[Detections]) -> tuple[np.ndarray, np.ndarray, np.
     return image, boxes, np.concatenate([scores for _, scores in detections]).astype(np.float64)
 
 
-def _read_curve(fps_per_image: np.ndarray, sensitivity: np.ndarray, fps: float) -> float:
-    """Linear interpolation; where several points share one false positive count, the highest sensitivity there.
-
-    That is what ``scipy.interpolate.interp1d`` does inside the curve. Outside it the first and the last value are
-    repeated; a curve that does not start at 0 false positives starts with one, and so with a sensitivity of 0.
+def _match_one_to_one(
+    detection: np.ndarray, truth: np.ndarray, overlap: np.ndarray, found_at: np.ndarray, num_detections: int
+) -> Bool[np.ndarray, " d"]:
+    """In order of score, each detection takes the free true box that it overlaps most, of equal ones the last, as
+    COCO's loop does; fills ``found_at``.
     """
-    if len(fps_per_image) == 0:
-        return 0.0
-    return float(np.interp(fps, fps_per_image, sensitivity))
+    is_hit = np.zeros(num_detections, dtype=bool)
+    for pair in np.lexsort((-truth, -overlap, detection)).tolist():
+        if not is_hit[detection[pair]] and found_at[truth[pair]] == num_detections:
+            is_hit[detection[pair]] = True
+            found_at[truth[pair]] = detection[pair]
+    return is_hit
 
 
 def _lowest_score(fps_per_image: np.ndarray, scores: np.ndarray, fps: float) -> float:
     """Lowest score of which *all* detections from it on stay within ``fps``; equal scores stand or fall together."""
-    block_ends = np.flatnonzero(np.diff(scores, append=-np.inf))
-    within = int(np.searchsorted(fps_per_image[block_ends], fps, side="right"))
-    return float(scores[block_ends[within - 1]]) if within else float("nan")
+    within = int(np.searchsorted(fps_per_image, fps, side="right"))
+    return float(scores[within - 1]) if within else float("nan")

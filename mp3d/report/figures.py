@@ -1,18 +1,22 @@
-"""The pictures of an evaluation report, as PNG bytes."""
+"""The pictures of a detector's report, as PNG bytes."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from io import BytesIO
 from itertools import cycle
 from textwrap import fill
-from typing import NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
+from mp3d.data.series import Volume
 from mp3d.evaluation import KeySliceResult
+from mp3d.evaluation.detection import Stratum
+from mp3d.metrics.bootstrap import Interval
+from mp3d.metrics.calibration import Calibration
 from mp3d.metrics.froc import FrocResult
+from mp3d.report.windows import Window, display_window
 
 CURVE_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 """Okabe and Ito's palette, which colour-blind readers can tell apart; line styles and markers differ as well."""
@@ -29,34 +33,6 @@ LOWEST_FPS = 0.125
 """Left end of the false positive axis, which is logarithmic and cannot show 0."""
 
 
-class Window(NamedTuple):
-    """A display window, its bounds in HU."""
-
-    name: str
-    low: int
-    high: int
-
-
-SOFT_TISSUE = Window("soft tissue", -160, 240)
-LUNG = Window("lung", -1350, 150)
-LUNG_BELOW_HU = -400
-"""Between aerated lung (about -850 HU) and soft tissue (about 40 HU)."""
-
-
-def display_window(image: np.ndarray, box: np.ndarray) -> Window:
-    """Lung where the median of what surrounds the box is air-like, soft tissue elsewhere.
-
-    The surroundings are the box enlarged by half its size (at least 4 pixels) on every side, without the box itself.
-    """
-    height, width = image.shape
-    x1, y1, x2, y2 = box
-    margin = max(4.0, 0.5 * max(x2 - x1, y2 - y1))
-    around = np.zeros(image.shape, dtype=bool)
-    around[_pixels(y1 - margin, y2 + margin, height), _pixels(x1 - margin, x2 + margin, width)] = True
-    around[_pixels(y1, y2, height), _pixels(x1, x2, width)] = False
-    return LUNG if around.any() and np.median(image[around]) < LUNG_BELOW_HU else SOFT_TISSUE
-
-
 def draw_key_slice(
     image: np.ndarray, result: KeySliceResult, focus: np.ndarray, threshold: float, window: Window
 ) -> bytes:
@@ -64,8 +40,29 @@ def draw_key_slice(
 
     True boxes are green and solid, detections from ``threshold`` on orange and dashed.
     """
+    reported = result.scores >= threshold
+    found = (result.boxes[reported], result.scores[reported])
+    return _draw_slice(image, result.spacing_mm, result.true_boxes, *found, focus, window)
+
+
+def draw_findings(volume: Volume, slice_index: int, focus: np.ndarray, boxes: np.ndarray, scores: np.ndarray) -> bytes:
+    """As :func:`draw_key_slice`, of a series without labels: the boxes on one of its slices."""
+    image = volume.hu[slice_index]
+    window = display_window(image, focus)
+    return _draw_slice(image, volume.spacing_mm, np.zeros((0, 4)), boxes, scores, focus, window)
+
+
+def _draw_slice(
+    image: np.ndarray,
+    spacing_mm: tuple[float, float, float],
+    true_boxes: np.ndarray,
+    boxes: np.ndarray,
+    scores: np.ndarray,
+    focus: np.ndarray,
+    window: Window,
+) -> bytes:
     figure = Figure(figsize=(8, 4), dpi=100, facecolor="black")
-    _, row_mm, column_mm = result.spacing_mm
+    _, row_mm, column_mm = spacing_mm
     whole, close = (figure.add_axes((left, 0, 0.5, 1)) for left in (0, 0.5))
     for axes in (whole, close):
         axes.imshow(
@@ -78,12 +75,13 @@ def draw_key_slice(
             extent=(0, image.shape[1], image.shape[0], 0),  # half-open pixel edges, as the boxes have
         )
         axes.set_axis_off()
-        _draw_boxes(axes, result, threshold)
+        _draw_boxes(axes, true_boxes, TRUE_COLOUR, "-")
+        _draw_boxes(axes, boxes, FOUND_COLOUR, (0, (4, 2)))
 
     x1, y1, x2, y2 = _close_up(focus, image.shape)
     whole.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor="white", linewidth=0.7, alpha=0.8))
     close.set(xlim=(x1, x2), ylim=(y2, y1))
-    for box, score in _reported(result, threshold):
+    for box, score in zip(boxes, scores.tolist(), strict=True):
         if box[0] < x2 and box[2] > x1 and box[1] < y2 and box[3] > y1:
             corner = (max(box[0], x1), max(box[1], y1 + 0.07 * (y2 - y1)))
             close.annotate(f"{score:.2f}", corner, (2, 4), color=FOUND_COLOUR, **LABEL)
@@ -91,12 +89,18 @@ def draw_key_slice(
     return png_bytes(figure)
 
 
-def draw_froc(curves: Mapping[str, FrocResult]) -> bytes:
-    """All curves in one axes; points are marked where the protocol reads them, hollow beyond a curve's end."""
+def draw_froc(
+    curves: Mapping[str, FrocResult], intervals: Mapping[str, Mapping[float, Interval]] | None = None
+) -> bytes:
+    """All curves in one axes; points are marked where the protocol reads them, hollow beyond a curve's end.
+
+    Args:
+        intervals: of the sensitivities at those points, by curve: bars, a little apart where curves share a rate.
+    """
     figure = Figure(figsize=(8, 4.6), dpi=160, layout="constrained")
     axes = figure.add_subplot()
     ticks = sorted({LOWEST_FPS, 0.25} | {fps for curve in curves.values() for fps in curve.protocol.fps_per_image})
-    for index, curve in enumerate(curves.values()):
+    for index, (name, curve) in enumerate(curves.items()):
         colour = CURVE_COLOURS[index % len(CURVE_COLOURS)]
         line, marker = CURVE_STYLES[index % len(CURVE_STYLES)]
         x, y = _visible(curve, ticks[-1])
@@ -106,14 +110,65 @@ def draw_froc(curves: Mapping[str, FrocResult]) -> bytes:
             axes.plot([max(end, LOWEST_FPS), ticks[-1]], [y[-1]] * 2, color=colour, linewidth=0.8, alpha=0.6)
         for fps, sensitivity in curve.sensitivity_at.items():
             axes.plot(fps, sensitivity, marker, color=colour, markersize=6, fillstyle="full" if fps <= end else "none")
+        for fps, (low, high) in (intervals or {}).get(name, {}).items():
+            axes.plot(
+                [fps * 1.03**index] * 2, [low, high], color=colour, linewidth=5, alpha=0.25, solid_capstyle="butt"
+            )
     axes.set_xscale("log", base=2)
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.minorticks_off()
-    axes.set(xlim=(LOWEST_FPS, ticks[-1] * 1.08), ylim=(0, 1.02), yticks=np.linspace(0, 1, 6))
-    axes.set_xlabel("False positives per image", color=INK)
+    axes.set(xlim=(LOWEST_FPS / 1.05, ticks[-1] * 1.08), ylim=(0, 1.02), yticks=np.linspace(0, 1, 6))
+    per = " or ".join(sorted({curve.protocol.per for curve in curves.values()}))
+    axes.set_xlabel(f"False positives per {per}", color=INK)
     axes.set_ylabel("Sensitivity", color=INK)
     style_axes(axes)
     _label_ends(axes, curves)
+    return png_bytes(figure)
+
+
+def draw_strata(strata: Sequence[Stratum], overall: float) -> bytes:
+    """Mean sensitivity of each stratum with its interval; the line is that of all lesions."""
+    figure = Figure(figsize=(8, 0.9 + 0.33 * len(strata)), dpi=160, layout="constrained")
+    axes = figure.add_subplot()
+    groups = list(dict.fromkeys(stratum.by for stratum in strata))
+    place, places = 0.0, []
+    for previous, stratum in zip([None, *strata], strata, strict=False):
+        place += 1.0 if previous is None or previous.by == stratum.by else 1.6
+        places.append(place)
+        colour = CURVE_COLOURS[groups.index(stratum.by) % len(CURVE_COLOURS)]
+        axes.plot([stratum.mean.low, stratum.mean.high], [place] * 2, color=colour, linewidth=5, alpha=0.25)
+        axes.plot(stratum.mean_sensitivity, place, "o", color=colour, markersize=7)
+    axes.axvline(overall, color="#9aa5b1", linewidth=1, linestyle="--")
+    axes.set_yticks(places, [f"{stratum.name}  ({stratum.num_lesions})" for stratum in strata])
+    axes.set(xlim=(-0.02, 1.02), ylim=(place + 0.7, 0.3))
+    axes.set_xlabel("Mean sensitivity", color=INK)
+    style_axes(axes)
+    axes.grid(visible=False, axis="y")
+    return png_bytes(figure)
+
+
+def draw_reliability(of: Calibration, right: str) -> bytes:
+    """Share that is right against mean score, and how many answers each bin holds.
+
+    Args:
+        right: what it is to be right, as the axis says it.
+    """
+    figure = Figure(figsize=(8, 3.8), dpi=160, layout="constrained")
+    axes, bars = figure.subplots(1, 2, width_ratios=(1, 1))
+    filled = of.counts > 0
+    axes.plot([0, 1], [0, 1], "--", color="#9aa5b1", linewidth=1)
+    axes.plot(of.mean_score[filled], of.share_right[filled], "o-", color=CURVE_COLOURS[0], linewidth=1.8, markersize=6)
+    axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), xticks=np.linspace(0, 1, 6), yticks=np.linspace(0, 1, 6))
+    axes.set_xlabel("Mean score of the bin", color=INK)
+    axes.set_ylabel(right, color=INK)
+    edges = np.linspace(0, 1, len(of.counts) + 1)
+    bars.bar(edges[:-1], np.maximum(of.counts, 0.5), width=np.diff(edges), align="edge", color=CURVE_COLOURS[4])
+    bars.set_yscale("log")
+    bars.set(xlim=(0, 1), xticks=np.linspace(0, 1, 6), ylim=(0.5, None))
+    bars.set_xlabel("Score", color=INK)
+    bars.set_ylabel("Answers", color=INK)
+    for each in (axes, bars):
+        style_axes(each)
     return png_bytes(figure)
 
 
@@ -133,8 +188,8 @@ def _label_ends(axes: Axes, curves: Mapping[str, FrocResult]) -> None:
 
 def _visible(curve: FrocResult, last_tick: float) -> tuple[np.ndarray, np.ndarray]:
     """The curve from the left end of the axis to its own end, one point for each false positive count: its highest."""
-    fps, sensitivity = curve.fps_per_image, curve.sensitivity
-    if len(fps) == 0:
+    fps, sensitivity = curve.curve
+    if len(curve.thresholds) == 0:
         return np.array([LOWEST_FPS, last_tick]), np.zeros(2)
     highest = np.flatnonzero(np.diff(fps, append=np.inf))
     fps, sensitivity = fps[highest], sensitivity[highest]
@@ -143,19 +198,10 @@ def _visible(curve: FrocResult, last_tick: float) -> tuple[np.ndarray, np.ndarra
     return np.r_[LOWEST_FPS, fps[inside]], np.r_[start, sensitivity[inside]]
 
 
-def _draw_boxes(axes: Axes, result: KeySliceResult, threshold: float) -> None:
-    for x1, y1, x2, y2 in result.true_boxes:
-        axes.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=TRUE_COLOUR, linewidth=1.6))
-    for (x1, y1, x2, y2), _ in _reported(result, threshold):
-        axes.add_patch(
-            Rectangle(
-                (x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=FOUND_COLOUR, linewidth=1.6, linestyle=(0, (4, 2))
-            )
-        )
-
-
-def _reported(result: KeySliceResult, threshold: float) -> list[tuple[np.ndarray, float]]:
-    return [(box, float(score)) for box, score in zip(result.boxes, result.scores, strict=True) if score >= threshold]
+def _draw_boxes(axes: Axes, boxes: np.ndarray, colour: str, line: str | tuple) -> None:
+    for x1, y1, x2, y2 in boxes:
+        patch = Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=colour, linewidth=1.6, linestyle=line)
+        axes.add_patch(patch)
 
 
 def _close_up(focus: np.ndarray, shape: tuple[int, ...]) -> tuple[float, float, float, float]:
@@ -176,10 +222,6 @@ def _draw_scale_bar(axes: Axes, view: tuple[float, float, float, float], column_
         Rectangle((left, bottom), length_mm / column_mm, 0.01 * (y2 - y1), facecolor="white", edgecolor="black", lw=0.5)
     )
     axes.annotate(f"{length_mm} mm", (left, bottom), (2, 6), color="white", **LABEL)
-
-
-def _pixels(start: float, stop: float, size: int) -> slice:
-    return slice(int(np.clip(np.floor(start), 0, size)), int(np.clip(np.ceil(stop), 0, size)))
 
 
 def style_axes(axes: Axes) -> None:

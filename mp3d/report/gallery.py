@@ -7,8 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from mp3d.evaluation import KeySliceResult
-from mp3d.metrics.boxes import box_iou
-from mp3d.metrics.froc import FrocProtocol
+from mp3d.metrics.protocols import FrocProtocol
 
 
 @dataclass(frozen=True, eq=False)
@@ -16,19 +15,19 @@ class Exhibit:
     """One key slice worth looking at.
 
     Attributes:
-        image: the key slice in HU, ``(h, w)``.
         focus: the box it is shown for, xyxy in pixels.
         score: of the detection in question, or None where there is none.
         iou: its overlap with the lesion in question; for a false positive, with the nearest one.
         verdict: the finding in words, without scores and overlaps.
+        kind: of the lesion, "" where it is not known.
     """
 
     result: KeySliceResult
-    image: np.ndarray
     focus: np.ndarray
     score: float | None
     iou: float
     verdict: str
+    kind: str = ""
 
     @property
     def size_mm(self) -> tuple[float, float]:
@@ -40,7 +39,7 @@ class Exhibit:
 
 @dataclass(frozen=True, eq=False)
 class Gallery:
-    """Up to a few exhibits of each kind, and how many there are in all (among key slices with pixels)."""
+    """Up to a few exhibits of each kind, and how many there are in all."""
 
     found: list[Exhibit]
     missed: list[Exhibit]
@@ -60,18 +59,15 @@ def choose_exhibits(
     """
     found, missed, false_positives = [], [], []
     for result in results:
-        image = result.image
-        if image is None:
-            continue
         reported = result.scores >= threshold
-        iou = box_iou(result.boxes[:, None], result.true_boxes[None], protocol.plus_one)
-        for lesion, box in enumerate(result.true_boxes):
-            exhibit = _lesion(result, image, box, iou[:, lesion], reported, protocol.iou_threshold)
+        iou = protocol.overlap(result.boxes[:, None], result.true_boxes[None])
+        for lesion in range(len(result.true_boxes)):
+            exhibit = _lesion(result, lesion, iou[:, lesion], reported, protocol.threshold)
             (found if exhibit.verdict == "found" else missed).append(exhibit)
         best_iou = iou.max(axis=1, initial=0)
         false_positives += [
-            Exhibit(result, image, result.boxes[i], float(result.scores[i]), float(best_iou[i]), "false positive")
-            for i in np.flatnonzero(reported & (best_iou < protocol.iou_threshold))
+            Exhibit(result, result.boxes[i], float(result.scores[i]), float(best_iou[i]), "false positive")
+            for i in np.flatnonzero(reported & (best_iou < protocol.threshold))
         ]
     return Gallery(
         found=_spread(found, lambda each: each.score or 0.0)[:num_each],
@@ -84,15 +80,12 @@ def choose_exhibits(
 
 
 def _lesion(
-    result: KeySliceResult,
-    image: np.ndarray,
-    box: np.ndarray,
-    iou: np.ndarray,
-    reported: np.ndarray,
-    iou_threshold: float,
+    result: KeySliceResult, lesion: int, iou: np.ndarray, reported: np.ndarray, iou_threshold: float
 ) -> Exhibit:
+    box, kind = result.true_boxes[lesion], result.true_types[lesion]
+
     def exhibit(index: int, verdict: str) -> Exhibit:
-        return Exhibit(result, image, box, float(result.scores[index]), float(iou[index]), verdict)
+        return Exhibit(result, box, float(result.scores[index]), float(iou[index]), verdict, kind)
 
     hits = iou >= iou_threshold
     if (hits & reported).any():
@@ -101,7 +94,7 @@ def _lesion(
         return exhibit(int(np.argmax(np.where(hits, result.scores, -1))), "missed: below the threshold")
     if iou.max(initial=0) > 0:
         return exhibit(int(np.argmax(iou)), "missed: overlap too small")
-    return Exhibit(result, image, box, None, 0.0, "missed: no detection there")
+    return Exhibit(result, box, None, 0.0, "missed: no detection there", kind)
 
 
 def _spread(exhibits: list[Exhibit], key: Callable[[Exhibit], float]) -> list[Exhibit]:

@@ -1,50 +1,78 @@
-"""The report's page: numbers in tables, pictures inlined, plain HTML and CSS.
+"""The report of a detector: numbers in tables, pictures inlined, plain HTML and CSS.
 
-Beside the page lie ``froc.png`` and ``metrics.json`` with the same numbers for programs.
+Beside the page lie its main figures as PNG and ``metrics.json`` with the same numbers for programs.
 """
 
-import json
-import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from mp3d.evaluation import Evaluation
-from mp3d.metrics.froc import FrocResult
-from mp3d.report.figures import FOUND_COLOUR, TRUE_COLOUR, display_window, draw_froc, draw_key_slice
+import numpy as np
+
+from mp3d.evaluation import Evaluation, KeySliceResult
+from mp3d.report.figures import (
+    FOUND_COLOUR,
+    TRUE_COLOUR,
+    draw_froc,
+    draw_key_slice,
+    draw_reliability,
+    draw_strata,
+)
+from mp3d.report.files import ReportFiles, write_files
 from mp3d.report.gallery import Exhibit, choose_exhibits
-from mp3d.report.html import data_url, signed, template
+from mp3d.report.html import data_url, signed, split_config, template
+from mp3d.report.numbers import detection_numbers, flat_numbers
+from mp3d.report.windows import display_window
+
+PixelsOf = Callable[[KeySliceResult], np.ndarray | None]
+"""A slice in HU, ``(h, w)``; None where it is not at hand."""
 
 
-def write_report(path: Path, evaluation: Evaluation) -> Path:
-    """Write the page at ``path``, and ``froc.png`` and ``metrics.json`` into the same folder; returns ``path``.
+def write_report(path: Path, evaluation: Evaluation, pixels_of: PixelsOf | None = None) -> ReportFiles:
+    """Write the page at ``path``, and its figures and ``metrics.json`` into the same folder.
 
-    Results whose pixels were kept make up the gallery; without any the page has numbers and the curve only.
+    Args:
+        pixels_of: where the gallery's slices come from; None: the page has numbers and figures only.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    curves = {evaluation.name: evaluation.froc, **evaluation.comparisons}
-    froc_png = draw_froc(curves)
-    operating_fps = min(evaluation.protocol.fps_per_image, key=lambda fps: abs(fps - 1))
+    curves = {evaluation.name: evaluation.froc, **{name: c.froc for name, c in evaluation.comparisons.items()}}
+    main = evaluation.by_protocol[0]
+    figures = {"froc": draw_froc(curves, {evaluation.name: main.intervals.sensitivity_at})}
+    figures["protocols"] = draw_froc({scores.protocol.name: scores.result for scores in evaluation.by_protocol})
+    figures["strata"] = draw_strata(evaluation.strata, evaluation.froc.mean_sensitivity)
+    if evaluation.calibration is not None:
+        figures["calibration"] = draw_reliability(evaluation.calibration, "Share that overlaps a lesion")
+    if (lesions := evaluation.lesions_3d) is not None:
+        name = lesions.result.protocol.name
+        figures["lesions_3d"] = draw_froc({name: lesions.result}, {name: lesions.intervals.sensitivity_at})
+    rates = evaluation.protocol.fps_per_image
+    operating_fps = min(rates, key=lambda fps: abs(fps - 1))
+    chosen = {score.chosen_for: score for score in evaluation.operating}
+    threshold = (
+        chosen[operating_fps].threshold if operating_fps in chosen else evaluation.froc.threshold_at[operating_fps]
+    )
+    facts, config = split_config(evaluation.provenance)
     page = template("page.html.j2").render(
         evaluation=evaluation,
         froc=evaluation.froc,
+        main=main,
         protocol=evaluation.protocol,
-        curves=curves,
-        froc_image=data_url(froc_png),
+        figures={name: data_url(png) for name, png in figures.items()},
         operating_fps=operating_fps,
-        threshold=evaluation.froc.threshold_at[operating_fps],
-        sections=_sections(evaluation, evaluation.froc.threshold_at[operating_fps]),
-        num_drawable=sum(result.image is not None for result in evaluation.results),
+        threshold=threshold,
+        threshold_is_chosen=operating_fps in chosen,
+        sections=_sections(evaluation, threshold, pixels_of),
+        has_pictures=pixels_of is not None,
         num_with_lesion=sum(len(result.true_boxes) > 0 for result in evaluation.results),
         true_colour=TRUE_COLOUR,
         found_colour=FOUND_COLOUR,
+        facts=facts,
+        config=config,
     )
-    (path.parent / "froc.png").write_bytes(froc_png)
-    (path.parent / "metrics.json").write_text(json.dumps(_numbers(evaluation), indent=2, allow_nan=False) + "\n")
-    path.write_text(page, encoding="utf-8")
-    return path
+    numbers = detection_numbers(evaluation)
+    return write_files(path, page, figures, numbers, flat_numbers(evaluation))
 
 
-def _sections(evaluation: Evaluation, threshold: float) -> list[dict[str, Any]]:
+def _sections(evaluation: Evaluation, threshold: float, pixels_of: PixelsOf | None) -> list[dict[str, Any]]:
     gallery = choose_exhibits(evaluation.results, threshold, evaluation.protocol)
     kinds = (
         ("Found", "most confident first", gallery.num_found, gallery.found, "No lesion was found."),
@@ -62,21 +90,25 @@ def _sections(evaluation: Evaluation, threshold: float) -> list[dict[str, Any]]:
             "title": title,
             "order": order,
             "total": total,
-            "cards": [_card(exhibit, threshold) for exhibit in exhibits],
-            "if_empty": if_empty,
+            "cards": [card for each in exhibits if (card := _card(each, threshold, pixels_of)) is not None],
+            "if_empty": if_empty if total == 0 else "Their slices are not at hand.",
         }
         for title, order, total, exhibits, if_empty in kinds
     ]
 
 
-def _card(exhibit: Exhibit, threshold: float) -> dict[str, Any]:
+def _card(exhibit: Exhibit, threshold: float, pixels_of: PixelsOf | None) -> dict[str, Any] | None:
     result = exhibit.result
-    window = display_window(exhibit.image, exhibit.focus)
+    image = None if pixels_of is None else pixels_of(result)
+    if image is None:
+        return None
+    window = display_window(image, exhibit.focus, exhibit.kind)
     width_mm, height_mm = exhibit.size_mm
     return {
-        "image": data_url(draw_key_slice(exhibit.image, result, exhibit.focus, threshold, window)),
+        "image": data_url(draw_key_slice(image, result, exhibit.focus, threshold, window)),
         "alt": f"Slice {result.z_index} of series {result.series}, {exhibit.verdict}; whole slice and close-up",
         "verdict": exhibit.verdict,
+        "kind": exhibit.kind,
         "score": exhibit.score,
         "iou": exhibit.iou,
         "size": f"{width_mm:.0f} × {height_mm:.0f} mm",
@@ -84,37 +116,4 @@ def _card(exhibit: Exhibit, threshold: float) -> dict[str, Any]:
         "patient": result.patient,
         "series": result.series,
         "z_index": result.z_index,
-    }
-
-
-def _numbers(evaluation: Evaluation) -> dict[str, Any]:
-    """What ``metrics.json`` holds; a threshold that does not exist is null."""
-
-    def curve(result: FrocResult) -> dict[str, Any]:
-        return {
-            "sensitivity_at": {f"{fps:g}": value for fps, value in result.sensitivity_at.items()},
-            "threshold_at": {
-                f"{fps:g}": None if math.isnan(value) else value for fps, value in result.threshold_at.items()
-            },
-            "mean_sensitivity": result.mean_sensitivity,
-            "last_fps_per_image": result.last_fps_per_image,
-        }
-
-    protocol = evaluation.protocol
-    return {
-        "name": evaluation.name,
-        "protocol": {
-            "name": protocol.name,
-            "iou_threshold": protocol.iou_threshold,
-            "plus_one": protocol.plus_one,
-            "fps_per_image": protocol.fps_per_image,
-            "mean_over": protocol.mean_over,
-        },
-        "num_images": evaluation.froc.num_images,
-        "num_lesions": evaluation.froc.num_lesions,
-        "num_patients": evaluation.num_patients,
-        "froc": curve(evaluation.froc),
-        "ap50": evaluation.ap50,
-        "comparisons": {name: curve(result) for name, result in evaluation.comparisons.items()},
-        "provenance": dict(evaluation.provenance),
     }

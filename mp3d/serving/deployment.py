@@ -20,6 +20,7 @@ from ray.serve.handle import DeploymentHandle
 from mp3d.checkpoint import open_checkpoint
 from mp3d.config import ServeConfig
 from mp3d.errors import CheckpointError
+from mp3d.operating_points import reporting_threshold
 from mp3d.predict import Predictor
 from mp3d.serving.api import RETRY_AFTER_S, create_api
 from mp3d.serving.engine import Engine, answer_or_error, model_out
@@ -34,10 +35,12 @@ def build_application(config: ServeConfig) -> serve.Application:
 
     Raises:
         CheckpointError: no intact checkpoint of a detector there.
+        ConfigError: the checkpoint has operating points, but not the one asked for.
     """
     checkpoint = open_checkpoint(config.checkpoint)
     model = model_out(checkpoint)
-    pinned = config.override({"checkpoint": str(checkpoint.path.resolve())})
+    threshold, _ = reporting_threshold(checkpoint, config.score_threshold, config.fps_per_image)
+    pinned = config.override({"checkpoint": str(checkpoint.path.resolve()), "score_threshold": threshold})
     detector = Detector.options(
         num_replicas=config.num_replicas,
         ray_actor_options={"num_cpus": config.cpus_per_replica, "num_gpus": config.gpus_per_replica},

@@ -18,6 +18,7 @@ from mp3d.data.decode import Pool
 from mp3d.data.dicom import Listing, SeriesFiles, StoredSlice, group_series, load_volume
 from mp3d.data.series import Volume
 from mp3d.errors import Refusal
+from mp3d.operating_points import FALLBACK_THRESHOLD
 from mp3d.predict import Finding, Predictor, detection_head
 from mp3d.serving.archive import unpack
 from mp3d.serving.schema import Answer, ErrorOut, FindingOut, ModelOut, ProtocolOut, Rejected
@@ -39,6 +40,7 @@ class Engine:
         self.predictor = predictor
         self.model = model
         self.config = config
+        self.threshold = FALLBACK_THRESHOLD if config.score_threshold is None else config.score_threshold
         self.pool = Pool(num_workers=math.ceil(config.cpus_per_replica))
 
     def answer(
@@ -53,7 +55,7 @@ class Engine:
         Raises:
             Rejected: whatever is wrong with the request.
         """
-        threshold = self.config.score_threshold if threshold is None else threshold
+        threshold = self.threshold if threshold is None else threshold
         started = perf_counter()
         series = read_series(body, self.config, self.pool)
         read = perf_counter()

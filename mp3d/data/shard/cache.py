@@ -1,7 +1,7 @@
 """A cache on the node's own disk: decoded CT series as memory-mapped int16, for those who read slices over and over.
 
     <cache>/
-      v1-<digest of the manifest>/    one data set; folders of other versions are not looked into
+      v2-<digest of the manifest>/    one data set; folders of other versions are not looked into
         part-00000-0.hu               a series: its slices, one after the other, then its rows without them
 
 A series is written when one of its slices is first asked for. Its rows carry their checksums from the shards: each
@@ -29,7 +29,7 @@ from mp3d.data.shard.manifest import ShardSet
 from mp3d.data.shard.part_file import SeriesEntry
 from mp3d.data.shard.rows import SCHEMA, Row, row_is_intact
 
-CACHE_VERSION = 1
+CACHE_VERSION = 2
 _ROWS_SCHEMA = SCHEMA.remove(SCHEMA.get_field_index("image"))
 _TRAILER = struct.Struct("<8sQQ")
 """Magic bytes, length of the Arrow stream before it, and its CRC."""

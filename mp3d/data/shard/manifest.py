@@ -16,7 +16,7 @@ from mp3d.data.shard.part_file import SeriesEntry, entry_from_dict, read_row_gro
 from mp3d.data.shard.rows import Row, decode_image, row_is_intact, rows_of
 from mp3d.errors import DataError
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 MANIFEST = "manifest.json"
 
 

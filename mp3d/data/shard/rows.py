@@ -32,6 +32,7 @@ SCHEMA = pa.schema(
         pa.field("boxes", pa.list_(pa.float32())),  # 4 values a box, xyxy; null: nobody looked
         pa.field("labels", pa.list_(pa.int32())),
         pa.field("instances", pa.list_(pa.int32())),  # one a box: which object of the series it is a slice of
+        pa.field("lesion_types", pa.list_(pa.string())),  # one a box, in the data set's words
         pa.field("mask", pa.binary()),  # rows x columns uint8
         pa.field("image_label", pa.int32()),
         pa.field("reader", pa.string(), nullable=False),
@@ -152,6 +153,7 @@ def decode_truth(row: Row) -> Truth:
         labels=None if labels is None else np.asarray(labels, np.int64),
         mask=None if mask is None else np.frombuffer(mask, np.uint8).reshape(row["rows"], row["columns"]),
         instances=None if row["instances"] is None else np.asarray(row["instances"], np.int64),
+        types=None if row["lesion_types"] is None else tuple(row["lesion_types"]),
     )
 
 
@@ -181,12 +183,15 @@ def _truth_columns(truth: Truth, rows: int, columns: int) -> Row:
         if numbers is not None and (boxes is None or numbers.shape != boxes.shape[:1] or not (numbers >= 1).all()):
             rule = f"there must be one {name} from 1 on for each box"
             raise ValueError(f"{name}s {numbers.tolist()} for boxes {boxes}; {rule}")
+    if truth.types is not None and (boxes is None or len(truth.types) != len(boxes)):
+        raise ValueError(f"lesion types {truth.types} for boxes {boxes}; there must be one for each box")
     if truth.mask is not None and (truth.mask.shape != (rows, columns) or truth.mask.dtype != np.uint8):
         raise ValueError(f"the mask is {truth.mask.dtype} {truth.mask.shape}; it must be uint8 {(rows, columns)}")
     return {
         "boxes": None if boxes is None else boxes.ravel().tolist(),
         "labels": None if labels is None else labels.tolist(),
         "instances": None if instances is None else instances.tolist(),
+        "lesion_types": None if truth.types is None else list(truth.types),
         "mask": None if truth.mask is None else truth.mask.tobytes(),
     }
 
