@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from mp3d.config import ClassificationHead, ClipConfig, ModelConfig, SegmentationHead
-from mp3d.evaluation.cases import ClassifiedCase, classification_scores
+from mp3d.evaluation import ClassifiedCase
+from mp3d.evaluation.case_scores import chosen_threshold, classification_scores
 from mp3d.models import ClipClassifier
 from mp3d.models.segmentation_losses import mask_losses
 from mp3d.recipes.volumes import lidc_segmentation_paper
@@ -114,9 +115,9 @@ def test_the_threshold_picked_on_the_test_set():
             right[case.label] += int((probability >= tenth / 10) == bool(case.label))
         totals = [sum(case.label == label for case in judged) for label in (0, 1)]
         found.append(right[0] / totals[0] + right[1] / totals[1])
-    theirs = classification_scores(judged, choose_on=None)
+    theirs = classification_scores(judged)
     assert theirs["threshold"] == pytest.approx(found.index(max(found)) / 10)
     assert theirs["sensitivity"] + theirs["specificity"] == pytest.approx(max(found))
-    mended = classification_scores(judged, choose_on=other)
-    assert mended["threshold"] not in [tenth / 10 for tenth in range(10)]
-    assert mended["threshold"] == classification_scores(other, choose_on=other)["threshold"]
+    chosen = chosen_threshold(other)
+    assert chosen not in [tenth / 10 for tenth in range(10)]
+    assert classification_scores(judged, chosen)["threshold"] == chosen

@@ -99,7 +99,7 @@ def test_wrong_kernels_of_half_precision_are_found(
 @pytest.mark.parametrize(
     ("head", "expected"),
     [
-        (DetectionHead(), ["FoldedResNet", "FoldedResNet.with_stem", "FeaturePyramidNetwork", "Float32RPNHead"]),
+        (DetectionHead(), ["FoldedResNet", "FoldedResNet.with_stem", "PixelwiseFPN", "Float32RPNHead"]),
         (SegmentationHead(channels=4), ["FoldedResNet", "FoldedResNet.with_stem"]),
     ],
 )

@@ -11,7 +11,6 @@ less.
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from typing import cast
 
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -71,8 +70,7 @@ class LesionDetector(nn.Module):
     ) -> dict[str, Tensor] | list[Prediction]:
         """The two-dimensional part, on the feature pyramids of the key slices of a batch."""
         images = ImageList(batch.tensors[:, 0], batch.per_key_slice(batch.image_sizes))
-        parts: tuple[RegionProposalNetwork, RoIHeads] = (self.rpn, self.roi_heads)
-        samplers = [cast(KeySliceSampler, part.fg_bg_sampler) for part in parts]
+        samplers: list[KeySliceSampler] = [self.rpn.fg_bg_sampler, self.roi_heads.fg_bg_sampler]
         for sampler in samplers:
             sampler.draws = _draws(targets)
         proposals, rpn_losses = self.rpn(images, features, targets)

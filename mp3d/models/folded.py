@@ -183,7 +183,7 @@ class Conv(nn.Module):
         if kd == 1 and self.z_stride > 1:
             x = fold(unfold(x, z.depth(x))[:, :, :: self.z_stride])
         if kd == kh == kw == 1:
-            return conv_pixels(x, self.weight.squeeze(2))
+            return conv_pixels(x, self.weight.squeeze(2), self.bias)
         if kd == 1:
             return F.conv2d(x, self.weight.squeeze(2), self.bias, stride=stride, padding=(kh // 2, kw // 2))
         x, depth, padding = z.with_neighbours(x, reach=kd // 2)
