@@ -132,7 +132,7 @@ def test_the_plan_of_an_evaluation(nodules: Path, tmp_path: Path, capsys: pytest
         ({"clip.block": "centre"}, "a detector reads whole slices"),
         ({"model.head": SegmentationHead()}, "of a CT a segmenter reads blocks"),
         ({"augment.shift_px": (1, 1)}, "are for blocks"),
-        ({"augment.crop_scale": (0.5, 1.0)}, "boxes do not follow"),
+        ({"augment.crop_scale": (0.5, 1.0)}, "crop_scale is for colour pictures"),
     ],
 )
 def test_configurations_that_cannot_be(tmp_path: Path, changes: dict, message: str):

@@ -89,5 +89,5 @@ def test_what_is_frozen_or_halved_takes_less():
     assert half.shared_bytes == pytest.approx(2 * half.parameters, rel=0.01)
     assert frozen.parameters - frozen.trained == 3_136 + 128 + 197_632
     step = whole.of_step(2, adam=True)
-    assert step == 2 * whole.training_bytes + 16 * whole.parameters
+    assert step == 2 * whole.training_bytes + whole.shared_bytes + 16 * whole.parameters
     assert frozen.flops == whole.flops

@@ -103,7 +103,7 @@ def test_a_sweep_stops_the_worse_and_exports_the_best(ray_cluster: None, ct: Pat
         base=detector_config(ct, tmp_path, loop__epochs=4, loop__steps_per_epoch=20),
         num_trials=4,
         lr=(2.5e-3, 3.5e-3),
-        anchor_ratios=((1.0,), (9.0,)),  # no lesion is nine times as high as it is wide
+        anchor_ratios=((9.0,), (1.0,)),  # no lesion is nine times as high as it is wide
         anchors=("given",),
         frozen_stages=(-1, 0),
         grace_epochs=2,

@@ -80,7 +80,7 @@ def test_a_smoke_size_is_a_name_away(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert list(tmp_path.iterdir()) == []
     assert finetune.main(args) == 0
     assert open_checkpoint(tmp_path / "runs" / "lidc_segmentation_smoke").config.shards == str(
-        tmp_path / "data" / "smoke" / "nodules"
+        tmp_path / "data" / "smoke" / "organs"
     )
     capsys.readouterr()
     with pytest.raises(ConfigError, match="did you mean"):

@@ -58,8 +58,9 @@ def smoke(config: TrainConfig) -> TrainConfig:
             changes["loop.batch_size"] = 2
             changes["loop.steps_per_epoch"] = 30
         case SegmentationHead():
-            kind = "objects" if picture else ("nodules" if clip.block == "centre" else "organs")
+            kind = "objects" if picture else "organs"
             changes["model.head.num_classes"] = 1
+            changes["loop.steps_per_epoch"] = 30
         case _:
             kind = "classes" if picture else "nodules"
             changes["model.head.num_classes"] = 2
