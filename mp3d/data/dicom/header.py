@@ -1,7 +1,9 @@
 """What grouping, geometry and Hounsfield units need of a DICOM file's header; of the patient the id alone is kept."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 from pydicom import uid
 
@@ -11,6 +13,7 @@ from mp3d.errors import Refusal
 CT_CLASSES = frozenset({uid.CTImageStorage, uid.EnhancedCTImageStorage, uid.LegacyConvertedEnhancedCTImageStorage})
 MULTIFRAME_CLASSES = CT_CLASSES - {uid.CTImageStorage}
 
+Number = TypeVar("Number", int, float)
 KEYWORDS = (
     "ImageType", "SOPClassUID", "SOPInstanceUID", "Modality", "PatientID", "GantryDetectorTilt", "ConvolutionKernel",
     "StudyInstanceUID", "SeriesInstanceUID", "AcquisitionNumber", "InstanceNumber", "ImagePositionPatient",
@@ -121,8 +124,8 @@ def read_header(source: Path | bytes, name: str = "") -> Header:
         image_type=tuple(part.strip().upper() for part in values.text("ImageType").split("\\")),
         convolution_kernel=values.text("ConvolutionKernel"),
         acquisition_number=values.text("AcquisitionNumber"),
-        instance_number=values.integer("InstanceNumber"),
-        gantry_tilt_deg=values.number("GantryDetectorTilt"),
+        instance_number=_if_it_can_be_parsed(values.integer, "InstanceNumber"),
+        gantry_tilt_deg=_if_it_can_be_parsed(values.number, "GantryDetectorTilt"),
         image_position_patient=values.numbers("ImagePositionPatient", 3),
         image_orientation_patient=values.numbers("ImageOrientationPatient", 6),
         pixel_spacing_yx_mm=values.numbers("PixelSpacing", 2),
@@ -146,25 +149,26 @@ def read_header(source: Path | bytes, name: str = "") -> Header:
 
 
 def said_spacing_mm(values: Values) -> float | None:
-    """Where neither can be parsed: that is no reason to refuse a file."""
+    """Spacing Between Slices, else Slice Thickness."""
     for keyword in ("SpacingBetweenSlices", "SliceThickness"):
-        try:
-            value = values.number(keyword)
-        except Refusal:
-            continue
-        if value:
+        if value := _if_it_can_be_parsed(values.number, keyword):
             return abs(value)
     return None
+
+
+def _if_it_can_be_parsed(read: Callable[[str], Number | None], keyword: str) -> Number | None:
+    """Of what neither Hounsfield units nor geometry depend on: no reason to refuse a file."""
+    try:
+        return read(keyword)
+    except Refusal:
+        return None
 
 
 def _padding_bits(values: Values) -> tuple[int, ...]:
     """Only where the elements are as long as they should be: padding is no reason to refuse a file."""
     bits = []
     for keyword in ("PixelPaddingValue", "PixelPaddingRangeLimit"):
-        try:
-            value = values.unsigned(keyword)
-        except Refusal:
-            value = None
+        value = _if_it_can_be_parsed(values.unsigned, keyword)
         if value is None:
             break
         bits.append(value)

@@ -1,5 +1,6 @@
 """The files of a folder or archive to CT series, by their headers alone."""
 
+import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,21 +21,18 @@ from mp3d.errors import Refusal
 
 LOCALIZER_ANGLE_DEG = 45.0
 """An image that stands further off the main stack than this is a localizer, whatever its Image Type."""
-LOCALIZERS = frozenset({"LOCALIZER", "LOCALISER", "SCOUT", "TOPOGRAM", "SCANOGRAM"})
-"""Values of Image Type of localizers."""
+LOCALIZERS = re.compile(r"\b(LOCALI[SZ]ER|SCOUT|SCANOGRAM|TOPOGRAM|CT_SOM\d+ TOP\b)")
+"""Values of Image Type of localizers, whatever else stands beside these words."""
 MAX_LOCALIZERS = 6
 """More images than this in another orientation are no localizers but a second stack."""
-PROJECTIONS = frozenset(
-    {
-        *("MIP", "MINIP", "MAXIP", "MAX_IP", "MIN_IP", "PROJECTION IMAGE", "PROJECTION", "VOLUME_RENDERED", "VRT"),
-        *("SSD", "SURFACE", "MAXIMUM", "MINIMUM", "SUBTRACTION", "DIVISION", "MULTIPLICATION", "STD_DEVIATION", "CPR"),
-        *("SCREEN SAVE", "SCREEN_SAVE", "SCREENSHOT", "SECONDARY CAPTURE", "DOSE_INFO", "PATIENT PROTOCOL", "PROTOCOL"),
-        *("PERFUSION", "CBF", "CBV", "MTT", "TTP", "TMAX", "EFF_Z", "Z_EFF", "ELECTRON_DENSITY", "MATERIAL_FRACTION"),
-        *("MATERIAL_IODINE", "MATERIAL_WATER", "MATERIAL_CALCIUM", "IODINE", "IODINE_MAP"),
-    }
+PROJECTIONS = re.compile(
+    r"(?<![A-Z])((T|TIME|MIN|MAX|M)?MIP|(MIN|MAX)[ _]?IP|PROJECTION|MAXIMUM|MINIMUM|VRT|VOLREN|SSD|SURFACE"
+    r"|(VOLUME)?RENDER(ED|ING)|SUBTRACT(ION|ED)?|DIVISION|MULTIPLICATION|STD_DEVIATION|CPR|CURVED"
+    r"|SCREEN[ _]?SAVE|SCREENSHOT|CAPTURE|DOSE_INFO|PROT(OCOL)?|PERFUSION|CBF|CBV|MTT|TTP|TMAX|PBV"
+    r"|EFF_Z|Z_EFF|RHO_Z|RHO|ELECTRON_DENSITY|DE_MATERIAL|MATERIAL|IODINE)(?![A-Z])"
 )
-"""Values of Image Type (PS3.3 C.7.6.1.1.2, C.8.15.2.1.1) or Frame Type of images that are no slice of the patient.
-Plain DERIVED or SECONDARY is none: many scanners and archives write it on their slices."""
+"""Words in values of Image Type (PS3.3 C.7.6.1.1.2, C.8.15.2.1.1) or Frame Type of images that are no slice of the
+patient in Hounsfield units. Plain DERIVED or SECONDARY is none: many scanners and archives write it on their slices."""
 
 OBJECT_MODALITIES = frozenset(
     {"RTSTRUCT", "SEG", "SR", "PR", "KO", "RTDOSE", "RTPLAN", "RTRECORD", "REG", "FID", "RWV", "DOC", "PLAN"}
@@ -151,7 +149,7 @@ def _group(headers: list[Header], policy: GeometryPolicy) -> tuple[list[SeriesFi
         refused.append((others[0].name, Refusal("NOT_CT", detail)))
     headers, broken = _whole_files(headers)
     refused += broken
-    headers, projections = _partition(headers, lambda header: not PROJECTIONS.intersection(header.image_type))
+    headers, projections = _partition(headers, lambda header: not any(map(PROJECTIONS.search, header.image_type)))
     if projections:
         warnings.append("PROJECTION_DROPPED")
     stack, localizers = _without_localizers(headers)
@@ -220,7 +218,7 @@ def _whole_files(headers: list[Header]) -> tuple[list[Header], list[tuple[str, R
 
 def _without_localizers(headers: list[Header]) -> tuple[list[Header], list[Header]]:
     """The main stack; the localizers, by Image Type, or as the few images that stand across the main stack."""
-    stack, localizers = _partition(headers, lambda header: not LOCALIZERS.intersection(header.image_type))
+    stack, localizers = _partition(headers, lambda header: not any(map(LOCALIZERS.search, header.image_type)))
     normals = {(header.name, header.frame): slice_normal(header) for header in stack}
     counts = Counter(normal for normal in normals.values() if normal)
     if len(counts) > 1:

@@ -33,6 +33,8 @@ MAX_GROWTH, MAX_EXTRA_BYTES = 2, 2**20
 MIN_SLOPE, MAX_SLOPE = 1e-4, 1e3
 MAX_INTERCEPT = 1e5
 """Beyond these, 16-bit integers give no Hounsfield units of a patient."""
+HOUNSFIELD = frozenset({"", "HU", "HOUNSFIELD", "HOUNSFIELD UNITS", "US", "UNSPECIFIED"})
+"""Values of Rescale Type; some scanners call their Hounsfield units unspecified."""
 INT16 = np.iinfo(np.int16)
 
 
@@ -106,7 +108,7 @@ def check_rescale(header: Header) -> None:
             f"{header.label}: Rescale Slope (0028,1053) {slope:g} and Intercept (0028,1052) {intercept:g} give no "
             "Hounsfield units; export the original CT images",
         )
-    if header.rescale_type not in ("", "HU", "US"):  # US: unspecified, which some scanners write for HU
+    if not HOUNSFIELD.issuperset(header.rescale_type.split("\\")):
         raise Refusal("NOT_HU", f"{header.label}: Rescale Type (0028,1054) is not HU; leave this series out")
 
 

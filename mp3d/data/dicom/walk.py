@@ -72,7 +72,7 @@ class Walker:
                 self.at += 12
                 return Element(group << 16 | number, vr, self._long(self._window, offset + 8)[0])
             # Some writers mix implicit elements in; an explicit one shows its two capital letters.
-            if vr in KNOWN_VRS or b"AA" <= vr <= b"ZZ":
+            if vr in KNOWN_VRS or (vr.isalpha() and vr.isupper()):
                 self.at += 8
                 return Element(group << 16 | number, vr, length)
         group, number, length = self._implicit(self._window, offset)
