@@ -20,6 +20,7 @@ for _name in ("RAY_ADDRESS", "RAY_AUTH_TOKEN", "MP3D_ROOT"):
 set_ray_environment()
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """For several processes (pytest-xdist): a file's tests share one, and all with Ray one, which begins with them."""
     with_ray = {item.path for item in items if item.get_closest_marker("ray") or item.get_closest_marker("e2e")}
