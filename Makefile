@@ -30,7 +30,7 @@ demo: $(READY) ## the whole pipeline on this machine; DATA=<folder> takes real d
 	@$(BIN)/python jobs/demo.py $(if $(DATA),--data "$(DATA)")
 
 test: $(READY) ## every test but the long ones, in two processes
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup -m "not acceptance and not chaos"
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not acceptance and not chaos"
 
 acceptance: $(READY) ## the tests with full counts
 	@$(BIN)/python -m pytest -m "acceptance"

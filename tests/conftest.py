@@ -1,4 +1,4 @@
-"""What the tests share: one Ray for the whole run, and nothing of this machine's user."""
+"""What the tests share: one Ray for each process, and nothing of this machine's user."""
 
 import os
 import tempfile
@@ -20,18 +20,9 @@ for _name in ("RAY_ADDRESS", "RAY_AUTH_TOKEN", "MP3D_ROOT"):
 set_ray_environment()
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """For several processes (pytest-xdist): a file's tests share one, and all with Ray one, which begins with them."""
-    with_ray = {item.path for item in items if item.get_closest_marker("ray") or item.get_closest_marker("e2e")}
-    items.sort(key=lambda item: item.path not in with_ray)
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group("ray" if item.path in with_ray else item.path.name))
-
-
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[None]:
-    """The one local Ray of the test run: two CPUs, a dashboard because Ray Train watches its runs through it."""
+    """The one local Ray of a test process: two CPUs, a dashboard because Ray Train watches its runs through it."""
     import ray
 
     connect_ray(dashboard=True, num_cpus=2)
