@@ -69,7 +69,7 @@ WARNINGS: dict[str, str] = {
     "DUPLICATE_DROPPED": "Slices that were stored twice with the same pixels were used once.",
     "BROKEN_FILE_DROPPED": "Broken files of this series were refused; the rest is a regular stack.",
     "MIXED_RECONSTRUCTION": "The slices of this stack were reconstructed with several kernels.",
-    "SPLIT_BY_ACQUISITION": "One series with several acquisitions of the same range was read as several.",
+    "SPLIT_BY_ACQUISITION": "Several acquisitions or reconstructions of one range in one series were read as several.",
     "SPLIT_BY_SPACING": "One series with stacks of several spacings was read as several.",
     "TILT_CORRECTED": "The rows of a stack sheared by a tilted gantry were shifted back; rows were added, of air.",
     "UNEVEN_RESAMPLED": "Uneven slices were interpolated to their median spacing.",

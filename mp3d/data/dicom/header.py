@@ -20,7 +20,7 @@ KEYWORDS = (
     "ImageOrientationPatient", "FrameOfReferenceUID", "SamplesPerPixel", "PhotometricInterpretation", "NumberOfFrames",
     "Rows", "Columns", "PixelSpacing", "BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation",
     "PixelPaddingValue", "PixelPaddingRangeLimit", "RescaleIntercept", "RescaleSlope", "RescaleType",
-    "SliceThickness", "SpacingBetweenSlices",
+    "SliceThickness", "SpacingBetweenSlices", "AcquisitionTime", "TemporalPositionIdentifier",
 )  # fmt: skip
 
 
@@ -81,6 +81,9 @@ class Header:
     """Stack ID and Temporal Position Index of a frame, where it has them."""
     said_spacing_mm: float | None = None
     """Spacing Between Slices, else Slice Thickness; a hint, for both are often wrong."""
+    acquisition_time: str = ""
+    temporal_position: str = ""
+    """Temporal Position Identifier: the phase, where a classic image says it."""
     read_s: float = field(default=0.0, compare=False)
     """Seconds that reading it took, which count against the time that the file may take; 0 where it has many frames."""
 
@@ -145,6 +148,8 @@ def read_header(source: Path | bytes, name: str = "") -> Header:
         cut=cut,
         pixel_padding_bits=_padding_bits(values),
         said_spacing_mm=said_spacing_mm(values),
+        acquisition_time=values.text("AcquisitionTime"),
+        temporal_position=values.text("TemporalPositionIdentifier"),
     )
 
 

@@ -89,11 +89,12 @@ def group_series(
 ) -> Listing:
     """Read the headers of all files under a folder, or of named bytes, and group them into CT series.
 
-    A series is one Series Instance UID without its localizers and projections. Where positions repeat, it is split by
-    Acquisition Number, Convolution Kernel or Image Type, whichever makes them unique: phases or reconstructions of one
-    range. Where the slices are uneven and ``policy`` does not have them resampled, it is split by Image Type or
-    Convolution Kernel if that makes them even: stacks of several spacings. A broken file is refused alone; whether the
-    rest is a regular stack is for ``load_volume`` to say. The files are parsed by ``pool``, or the process' own.
+    A series is one Series Instance UID without its localizers and projections. Phases or reconstructions of one range
+    are split by the first of several elements (``split_by_acquisition``) that tells them apart, whether their positions
+    repeat or alternate. Where the slices are uneven and ``policy`` does not have them resampled, it is split by Image
+    Type or Convolution Kernel if that makes them even: stacks of several spacings. A broken file is refused alone;
+    whether the rest is a regular stack is for ``load_volume`` to say. The files are parsed by ``pool``, or the
+    process' own.
     """
     policy = policy or GeometryPolicy()
     pool = pool or shared_pool()
