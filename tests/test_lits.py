@@ -24,6 +24,10 @@ AFFINE = np.diag([-1.0, -1.0, 1.0, 1.0]) @ np.array(
 """Of those axes, to the right, anterior, superior, as NIfTI has it."""
 
 
+UNIT = np.array([[-1.0, 0, 0, 20], [0, 1, 0, -30], [0, 0, 1, 500], [0, 0, 0, 1]])
+"""An identity but for a sign and an origin."""
+
+
 def patient() -> tuple[np.ndarray, np.ndarray]:
     """Voxels (column, row, slice) and labels: a liver, with a tumour on slices 1 and 2 and another on slice 4."""
     hu = np.random.default_rng(0).integers(-1000, 1000, SHAPE).astype(np.int16)
@@ -117,7 +121,7 @@ def test_tumours_alone_and_the_liver_whole(tmp_path: Path):
 
 
 @pytest.mark.parametrize("codes", ["LPS", "RAS", "ILA"])
-@pytest.mark.parametrize("identity", [np.eye(4), np.diag([-1.0, -1.0, 1.0, 1.0])])
+@pytest.mark.parametrize("identity", [np.eye(4), np.diag([-1.0, -1.0, 1.0, 1.0]), UNIT])
 def test_an_identity_affine_gives_way_to_the_segmentations(tmp_path: Path, codes: str, identity: np.ndarray):
     write(tmp_path, 28, codes, image_affine=identity)
     series = load(tmp_path)
@@ -140,6 +144,15 @@ def test_two_identities_need_a_table(tmp_path: Path):
     assert read_lits(tmp_path, spacings=table).options != read_lits(tmp_path).options
 
 
+def test_identities_with_an_origin_count_where_they_agree(tmp_path: Path):
+    write(tmp_path, 5, image_affine=UNIT, mask_affine=UNIT)
+    series = load(tmp_path)
+    assert (series.volume.spacing_mm, series.warnings) == ((1, 1, 1), ())
+    write(tmp_path, 5, image_affine=UNIT, mask_affine=np.eye(4))
+    with pytest.raises(DataError, match="UNKNOWN_ORIENTATION"):
+        load(tmp_path)
+
+
 def test_no_affine_at_all_is_like_an_identity(tmp_path: Path):
     write(tmp_path, 28)
     path = tmp_path / "volume-28.nii"
@@ -157,6 +170,7 @@ def test_no_affine_at_all_is_like_an_identity(tmp_path: Path):
         AFFINE @ np.diag([-1, 1, 1, 1]),  # another direction
         AFFINE + np.array([[0, 0, 0, 5.0], *[[0] * 4] * 3]),  # another origin
         np.eye(4),
+        UNIT,
     ],
 )
 def test_the_image_counts_where_headers_disagree(tmp_path: Path, mask_affine: np.ndarray):

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from matplotlib.legend import Legend
 
 from mp3d.data.intensity import Intensities, sample_intensities
 from mp3d.data.leaks import shared_within, traces
@@ -218,7 +219,7 @@ class TestPage:
 
     def test_says_what_the_numbers_say(self, page: str):
         text = " ".join(Outline(page).text.split())
-        assert "2 patients 3 CT series 12 slices 3 boxes on 2 key slices 1 refused" in text
+        assert "2 patients 3 CT series 12 slices 3 boxes on 2 key slices 1 files or series refused" in text
         assert "No leak was found. Nothing is in two splits of this data set." in text
         rows = table_rows(page)
         assert ["train", "1", "2", "2", "8", "4", "1", "2"] in rows
@@ -234,11 +235,20 @@ class TestPage:
         assert "<i>one" not in page
         assert "<i>one</i>" in Outline(page).text
 
+    def test_legends_have_a_place(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+        """Matplotlib's search for the best one is slow on many values, and warns of it."""
+
+        def search(*_: object) -> None:
+            raise AssertionError("a legend without a place")
+
+        monkeypatch.setattr(Legend, "_find_best_position", search)
+        write_passport(three_patients(tmp_path / "s"))
+
     def test_of_pictures(self, tmp_path: Path):
         passport = write_passport(picture_shards(tmp_path / "pictures"))
         page = passport.html.read_text(encoding="utf-8")
         text = " ".join(Outline(page).text.split())
-        assert "32 pictures 2 classes 0 boxes on 0 pictures 0 refused" in text
+        assert "32 pictures 2 classes 0 boxes on 0 pictures 0 files or series refused" in text
         assert ["dark", "12", "4"] in table_rows(page)
         assert "There are none." in text
         content = numbers(passport)

@@ -75,7 +75,7 @@ def test_xml_and_sqlite_agree():
         nodules = [find_nodules(reading.annotations, SPACING[patient]) for reading in (by_xml, by_sqlite)]
         told = [[(n.num_readers, n.ambiguous, n.malignancy("median"), n.centre) for n in found] for found in nodules]
         assert told[0] == told[1]
-        seen[patient] = sorted(annotation.malignancy for annotation in by_xml.annotations)
+        seen[patient] = sorted(annotation.malignancy or 0 for annotation in by_xml.annotations)
         assert len({annotation.reader for annotation in by_xml.annotations}) == len(by_xml.annotations)
     assert seen == {"LIDC-IDRI-0001": [4, 5, 5, 5], "LIDC-IDRI-0002": [4, 5]}
 

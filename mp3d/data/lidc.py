@@ -21,7 +21,7 @@ from mp3d.data.lidc_sqlite import read_sqlite
 from mp3d.data.source import Item, Source
 from mp3d.errors import ConfigError, Refusal
 
-READER = "lidc/2"
+READER = "lidc/3"
 MAX_CROP_MM = 500.0
 
 
@@ -56,7 +56,7 @@ def read_lidc(
         task: what an item is; see above.
         min_readers: readers who must have outlined a nodule, 1 to 4.
         consensus: share of those who did that must agree on a pixel.
-        malignancy: how their ratings (1 to 5) become one; a reader who did not outline the nodule has none.
+        malignancy: how their ratings (1 to 5) become one; a reader who did not outline or rate the nodule has none.
         indeterminate: what a nodule of malignancy 3 is (classification).
         crop_mm: edge of the cubes (segmentation, classification).
         dataset: name of the data set.

@@ -57,24 +57,25 @@ class Annotation:
 
     Attributes:
         reader: number of the reader in this CT; None where that is not known.
-        malignancy: 1 (highly unlikely) to 5 (highly suspicious).
+        malignancy: 1 (highly unlikely) to 5 (highly suspicious); None: the reader left it out.
     """
 
     reader: int | None
     outlines: tuple[Outline, ...]
-    malignancy: int
+    malignancy: int | None
 
     def __post_init__(self) -> None:
-        if self.malignancy not in range(1, 6):
+        if self.malignancy is not None and self.malignancy not in range(1, 6):
             raise ValueError("malignancy is not 1 to 5")
 
 
 @dataclass(frozen=True, eq=False)
 class Reading:
-    """All that the readers marked on one CT; ``small`` are the nodules below 3 mm."""
+    """All that the readers marked on one CT; ``small`` are the nodules below 3 mm; ``warnings`` are codes."""
 
     annotations: tuple[Annotation, ...]
     small: tuple[Outline, ...] = ()
+    warnings: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if len(self.annotations) > MAX_ANNOTATIONS or not all(annotation.outlines for annotation in self.annotations):
@@ -146,17 +147,22 @@ def _reading(root: Element) -> Reading:
         raise ValueError("no series, or no reader")
     annotations: list[Annotation] = []
     small: list[Outline] = []
+    warnings: set[str] = set()
     for reader, session in enumerate(root.iterfind("{*}readingSession")):
         for nodule in session.iterfind("{*}unblindedReadNodule"):
             regions = (roi for roi in nodule.iterfind("{*}roi") if roi.find("{*}edgeMap") is not None)
             marks = [_outline(roi) for roi in regions]
+            if not all(mark.sop_instance_uid for mark in marks):
+                warnings.add("SLICE_UID_MISSING")
             outlines = tuple(mark for mark in marks if len(mark.points) > 1)  # a single point is a stray mark
             ratings = _ratings(nodule)
             if outlines and ratings:
-                annotations.append(Annotation(reader, outlines, ratings["malignancy"]))
+                annotations.append(Annotation(reader, outlines, ratings.get("malignancy")))
+                if "malignancy" not in ratings:
+                    warnings.add("MALIGNANCY_MISSING")
             else:
                 small += marks
-    return Reading(tuple(annotations), tuple(small))
+    return Reading(tuple(annotations), tuple(small), tuple(sorted(warnings)))
 
 
 def _ratings(nodule: Element) -> dict[str, int]:
@@ -172,7 +178,8 @@ def _outline(roi: Element) -> Outline:
         raise ValueError("inclusion is neither TRUE nor FALSE")
     points = [(int(_text(edge, "xCoord")), int(_text(edge, "yCoord"))) for edge in roi.iterfind("{*}edgeMap")]
     z_mm = float(_text(roi, "imageZposition"))
-    return Outline(pixels(points), z_mm, _text(roi, "imageSOP_UID"), inclusion == "TRUE")
+    sop_instance_uid = (roi.findtext("{*}imageSOP_UID") or "").strip()
+    return Outline(pixels(points), z_mm, sop_instance_uid, inclusion == "TRUE")
 
 
 def _text(element: Element, name: str) -> str:

@@ -51,13 +51,18 @@ class Nodule:
         x, y, z = np.mean(corners, axis=(0, 1))
         return float(x), float(y), float(z)
 
-    def malignancy(self, rule: MalignancyRule) -> float:
-        """Of the readers who outlined it, and no others; two annotations of one reader count as one with their mean.
+    def malignancy(self, rule: MalignancyRule) -> float | None:
+        """Of the readers who outlined and rated it; two annotations of one reader count as one with their mean.
+
+        None: nobody rated it.
 
         Args:
             rule: ``mode`` is the most frequent rating, or the mean of those that are equally frequent.
         """
-        ratings = [float(np.mean([a.malignancy for a in own])) for own in _by_reader(self.annotations)]
+        by_reader = [[a.malignancy for a in own if a.malignancy is not None] for own in _by_reader(self.annotations)]
+        ratings = [float(np.mean(own)) for own in by_reader if own]
+        if not ratings:
+            return None
         match rule:
             case "median":
                 return float(np.median(ratings))

@@ -31,6 +31,8 @@ class ClassRule:
     def label(self, nodule: Nodule) -> int | None:
         """0 benign, 1 malignant; None: the nodule is not used."""
         rating = nodule.malignancy(self.malignancy)
+        if rating is None:
+            return None
         if rating == INDETERMINATE:
             return None if self.indeterminate == "drop" else CLASSES.index(self.indeterminate)
         return int(rating > INDETERMINATE)
@@ -82,10 +84,12 @@ def nodule_cubes(
         elif not cube.slices or not any(annotation.outlines for annotation in nodule.annotations):
             notes["nodules beyond the slices at hand, not used"] += 1
         elif classes and label is None:
-            notes["nodules of indeterminate malignancy, not used"] += 1
+            rated = any(annotation.malignancy is not None for annotation in whole.annotations)
+            what = "of indeterminate malignancy" if rated else "whose malignancy nobody rated"
+            notes[f"nodules {what}, not used"] += 1
         else:
             counted.append((nodule, 1 if label is None else label + 1))
-            cubes.append((cube, crop, label, codes))
+            cubes.append((cube, crop, label, codes | set(reading.warnings)))
     for own, (cube, crop, label, codes) in zip(counted, cubes, strict=True):
         shown = (own,) if classes else tuple(counted)
         load = partial(load_cube, cube, crop, shown, label, agreement, tuple(sorted(codes)))
@@ -106,7 +110,7 @@ def load_cube(
         series: the slices of the cube alone.
         nodules: as :func:`nodule_at_hand` gives them, with the labels (from 1) of their boxes and pixels.
         image_label: class of the cube, from 0.
-        codes: warnings of its nodule.
+        codes: warnings of its nodule and its reading.
 
     Raises:
         Refusal: as :func:`~mp3d.data.dicom.load_volume`, or ``BAD_ANNOTATION``.

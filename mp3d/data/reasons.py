@@ -82,6 +82,8 @@ WARNINGS: dict[str, str] = {
     "INTERVAL_UNKNOWN": "The table gives no slice interval: the key slice stands alone, without its neighbours.",
     "HU_CLIPPED": "Values beyond the range of 16-bit integers were clipped.",
     "AMBIGUOUS_NODULE": "Outlines of one reader, or of more than four, could not be told apart and are one nodule.",
+    "MALIGNANCY_MISSING": "A reader did not rate a nodule's malignancy: the outlines count, and the others' ratings.",
+    "SLICE_UID_MISSING": "A reader's outline does not name its image: the slice at its z was taken.",
     "UNSETTLED_SLICES": "Slices with marks, but no nodule that enough readers agree on, count as not searched.",
     "AFFINE_REPAIRED": "The image's header does not say its spacing; the segmentation's, or the given one, was taken.",
     "MASK_HEADER_IGNORED": "Image and mask disagree on directions or origin; the mask was laid voxel on voxel.",

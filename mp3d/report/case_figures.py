@@ -115,7 +115,7 @@ def draw_dice(cases: Sequence[SegmentedCase], names: Sequence[str]) -> bytes:
     ranked.set_ylabel("Dice", color=INK)
     ranked.xaxis.set_major_locator(MaxNLocator(integer=True))
     if counts.shape[1] > 1:
-        ranked.legend(frameon=False)
+        ranked.legend(frameon=False, loc="lower left")
     sized.set(ylim=(-0.02, 1.02), xscale="log")
     sized.set_xlabel("True voxels", color=INK)
     for axes in (ranked, sized):

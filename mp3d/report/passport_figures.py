@@ -48,7 +48,7 @@ def draw_intensities(intensities: Mapping[str, Intensities]) -> bytes:
         axes.set_yscale("log" if of.unit == "HU" else "linear")
     axes.minorticks_off()
     axes.set_ylabel("Share of the pixels", color=INK)
-    axes.legend(frameon=False, labelcolor=INK)
+    axes.legend(frameon=False, labelcolor=INK, loc="upper right")
     return png_bytes(figure)
 
 
@@ -111,7 +111,7 @@ def _histograms(axes: Axes, values: Mapping[str, np.ndarray], title: str, *, log
         axes.minorticks_off()
     axes.set_ylim(0)
     axes.set_xlabel(title, color=INK)
-    axes.legend(frameon=False, labelcolor=INK, fontsize=9)
+    axes.legend(frameon=False, labelcolor=INK, fontsize=9, loc="upper right")
 
 
 def _edges(values: Iterable[np.ndarray], logarithmic: bool) -> np.ndarray:
