@@ -41,22 +41,12 @@ from mp3d.serving.schema import RESEARCH_USE_ONLY
 
 FORMAT = "mp3d findings 1"
 PRIVATE = 0o600
-"""Permissions of the files: names and identifiers of patients may be in them."""
+"""Permissions of the files: names, identifiers and images of patients are in them."""
 COLUMNS = (
-    *(
-        "series",
-        "series_instance_uid",
-        "lesion",
-        "score",
-        "label",
-        "diameter_mm",
-        "size_x_mm",
-        "size_y_mm",
-        "size_z_mm",
-    ),
-    *("centre_x_lps_mm", "centre_y_lps_mm", "centre_z_lps_mm", "first_slice", "last_slice", "key_slice"),
-    *("sop_instance_uid", "x1_px", "y1_px", "x2_px", "y2_px", "picture"),
-)
+    "series", "series_instance_uid", "lesion", "score", "label", "diameter_mm", "size_x_mm", "size_y_mm", "size_z_mm",
+    "centre_x_lps_mm", "centre_y_lps_mm", "centre_z_lps_mm", "first_slice", "last_slice", "key_slice",
+    "sop_instance_uid", "x1_px", "y1_px", "x2_px", "y2_px", "picture",
+)  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -174,6 +164,7 @@ class SeriesActor:
             boxes = np.array([each.box_px for each in others], np.float32)
             scores = np.array([each.score for each in others], np.float32)
             png = draw_findings(volume, index, np.array(lesion.best.box_px), boxes, scores)
+            (folder / name).touch(mode=PRIVATE)
             (folder / name).write_bytes(png)
             drawn[number] = f"pictures/{name}"
         return drawn

@@ -34,9 +34,8 @@ def read_deeplesion(
     """DeepLesion: key slices with boxes in 16-bit PNG, official split.
 
     All lesions have the label 1; the coarse type is stored beside it. The data set does not say how a slice lies in the
-    patient: the affine takes columns
-    for +x, rows for +y and slice numbers for +z of LPS, with the origin at slice 0, so that distances are right, but
-    directions and places in the body are not.
+    patient: the affine takes columns for +x, rows for +y and slice numbers for +z of LPS, with the origin at slice 0,
+    so that distances are right, but directions and places in the body are not.
 
     Where the table gives no slice interval (not finite, or not above 0) neighbours cannot be placed: each key slice of
     the run is a series of one slice, as in 3DCE (``image_io_3DCE.py``), and the other slices are not used.

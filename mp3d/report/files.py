@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mp3d.data.shard import write_aside
+
 
 @dataclass(frozen=True)
 class ReportFiles:
@@ -30,6 +32,6 @@ def write_files(
     for name, png in figures.items():
         pictures[name] = page.parent / f"{name}.png"
         pictures[name].write_bytes(png)
-    (page.parent / "metrics.json").write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
-    page.write_text(html, encoding="utf-8")
+    write_aside(page.parent / "metrics.json", json.dumps(content, indent=2, allow_nan=False) + "\n")
+    write_aside(page, html)
     return ReportFiles(page, pictures, {name: value for name, value in numbers.items() if value == value})

@@ -186,7 +186,7 @@ def _check_coded_length(stream: bytes, header: _JpegHeader, values: UInt16[np.nd
     bits = _coded_bits(header, tables >> 4).take(differences, mode="clip")  # no value is clipped, only no check made
     coded = stream[header.scan : -len(EOI)].rstrip(b"\xff")
     raw = np.frombuffer(coded, np.uint8)
-    num_stuffed = np.count_nonzero(raw[np.flatnonzero(raw == 0xFF) + 1] == 0)
+    num_stuffed = np.count_nonzero(raw[np.flatnonzero(raw[:-1] == 0xFF) + 1] == 0)
     given = len(coded) - num_stuffed - 2 * (len(restarts) - 1)
     ends = [*restarts[1:], len(values)]
     needed = sum(-(-int(bits[start:end].sum(dtype=np.uint32)) // 8) for start, end in zip(restarts, ends, strict=True))

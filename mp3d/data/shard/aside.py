@@ -57,15 +57,14 @@ def write_once(path: Path, text: str) -> None:
     """Write a whole text file where there is none; one that another process just wrote stays."""
     temporary = create_aside(path)
     try:
-        temporary.write_text(text)
+        temporary.write_text(text, encoding="utf-8")
         _sync(temporary)
         try:
             path.hardlink_to(temporary)
-        except (PermissionError, NotImplementedError):  # a file system without hard links
+        except FileExistsError:
+            pass
+        except OSError:  # a file system without hard links, such as FAT or some of those in a network
             temporary.replace(path)
-    except OSError:
-        if not path.exists():  # nor by another process
-            raise
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -74,7 +73,7 @@ def write_aside(path: Path, text: str, mode: int = 0o666) -> Path:
     """Write or replace a whole text file."""
     temporary = create_aside(path, mode)
     try:
-        temporary.write_text(text)
+        temporary.write_text(text, encoding="utf-8")
         commit_aside(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
