@@ -429,3 +429,13 @@ def _segment(marker: int, content: bytes) -> bytes:
 def _bytes(bits: str) -> bytes:
     bits += "1" * (-len(bits) % 8)
     return int("1" + bits, 2).to_bytes(len(bits) // 8 + 1)[1:].replace(b"\xff", b"\xff\0")
+
+
+def test_fill_bytes_before_the_end_of_a_jpeg_stream() -> None:
+    """Any marker may have them before it (T.81 B.1.1.2)."""
+    pixels = np.random.default_rng(0).integers(0, 4096, (24, 32), dtype=np.uint16)
+    stream = imagecodecs.ljpeg_encode(pixels, bitspersample=12)
+    assert stream.endswith(b"\xff\xd9")
+    for fill in (b"\xff", b"\xff\xff\xff"):
+        decoded = decode_frame(stream[:-2] + fill + stream[-2:], uid.JPEGLosslessSV1, *pixels.shape)
+        assert np.array_equal(decoded.bits, pixels)
