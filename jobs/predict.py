@@ -42,7 +42,7 @@ from mp3d.serving.schema import RESEARCH_USE_ONLY
 FORMAT = "mp3d findings 1"
 PRIVATE = 0o600
 """Permissions of the files: names, identifiers and images of patients are in them."""
-COLUMNS = (
+COLUMNS: Sequence[str] = (
     "series", "series_instance_uid", "lesion", "score", "label", "diameter_mm", "size_x_mm", "size_y_mm", "size_z_mm",
     "centre_x_lps_mm", "centre_y_lps_mm", "centre_z_lps_mm", "first_slice", "last_slice", "key_slice",
     "sop_instance_uid", "x1_px", "y1_px", "x2_px", "y2_px", "picture",
