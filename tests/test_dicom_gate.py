@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from pydicom import Dataset, uid
 
+from mp3d.config import GeometryPolicy
 from mp3d.data.dicom import group_series, load_volume, pixels
 from mp3d.data.dicom.frames import MAX_FILE_BYTES
 from mp3d.errors import Refusal
@@ -52,6 +53,45 @@ def test_two_under_one_series_uid(keyword: str) -> None:
 )
 def test_a_slice_that_would_lie_elsewhere(keyword: str, value: list[str], reason: str) -> None:
     assert refusal(files(last(**{keyword: value}))).reason == reason
+
+
+def test_more_and_fewer_decimals_are_alike() -> None:
+    slices = ct_slices(made_volume())
+    for ds in slices:
+        ds.PixelSpacing = ["0.703125", "0.703125"]
+    slices[-1].PixelSpacing = ["0.7031", "0.7031"]
+    slices[-1].ImageOrientationPatient = ["1", "0.00002", "0", "0", "1", "0"]
+    (series,) = group_series(files(slices)).series
+    volume, _, _ = load_volume(series)
+    np.testing.assert_allclose(np.linalg.norm(volume.affine[:3, :2], axis=0), 0.703125, rtol=5e-5)
+
+
+@pytest.mark.parametrize("num_sheets", [1, 4])
+def test_a_dose_sheet_whose_image_type_does_not_say_so(num_sheets: int) -> None:
+    slices = ct_slices(made_volume())
+    sheets = ct_slices(made_volume(shape=(num_sheets, 5, 7), seed=1))
+    for ds in sheets:
+        ds.SOPInstanceUID += ".9"
+        del ds.ImagePositionPatient, ds.ImageOrientationPatient
+    if num_sheets > 3:
+        assert refusal(files(slices + sheets)).reason == "MISSING_GEOMETRY"
+    else:
+        (series,) = group_series(files(slices + sheets)).series
+        volume, _, warnings = load_volume(series)
+        assert (len(volume.hu), warnings) == (6, ("PROJECTION_DROPPED",))
+
+
+@pytest.mark.parametrize("keyword", ["AcquisitionNumber", "ConvolutionKernel", "TemporalPositionIdentifier"])
+def test_nothing_is_interpolated_between_phases_of_which_one_lacks_a_slice(keyword: str) -> None:
+    slices = ct_slices(made_volume(shape=(16, 5, 7)))
+    for z, ds in enumerate(slices):
+        setattr(ds, keyword, "12"[z % 2])
+    del slices[7]
+    policy = GeometryPolicy(uneven="resample")
+    (series,) = group_series(files(slices), policy).series
+    with pytest.raises(Refusal, match="between acquisitions") as refused:
+        load_volume(series, policy)
+    assert refused.value.reason == "UNEVEN_SPACING"
 
 
 @pytest.mark.parametrize("spacing", ["1e-300", "0.001"])

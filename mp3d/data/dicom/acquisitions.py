@@ -79,6 +79,22 @@ def split_by_spacing(headers: list[Header]) -> list[list[Header]]:
     return [headers]
 
 
+def alternating_element(headers: list[Header]) -> str:
+    """The element by which slices of one range differ that are no phases or reconstructions of even spacing; else "".
+
+    Args:
+        headers: with finite positions.
+    """
+    elements: tuple[tuple[str, Callable[[Header], object]], ...] = (
+        ("Convolution Kernel (0018,1210)", lambda header: header.convolution_kernel),
+        ("Image Type (0008,0008)", lambda header: header.image_type),
+        ("Stack ID or Temporal Position Index (0020,9056), (0020,9128)", lambda header: header.stack),
+        ("Temporal Position Identifier (0020,0100)", lambda header: header.temporal_position),
+        ("Acquisition Number (0020,0012)", lambda header: header.acquisition_number),
+    )
+    return next((name for name, by in elements if _share_a_range(_split(headers, by))), "")
+
+
 def _split(headers: list[Header], by: Callable[[Header], object]) -> list[list[Header]]:
     parts: dict[object, list[Header]] = defaultdict(list)
     for header in headers:

@@ -25,6 +25,8 @@ LOCALIZERS = re.compile(r"\b(LOCALI[SZ]ER|SCOUT|SCANOGRAM|TOPOGRAM|CT_SOM\d+ TOP
 """Values of Image Type of localizers, whatever else stands beside these words."""
 MAX_LOCALIZERS = 6
 """More images than this in another orientation are no localizers but a second stack."""
+MAX_SHEETS = 3
+"""More images than this without position and orientation are no dose sheets but slices that lost them."""
 PROJECTIONS = re.compile(
     r"(?<![A-Z])((T|TIME|MIN|MAX|M)?MIP|(MIN|MAX)[ _]?IP|PROJECTION|MAXIMUM|MINIMUM|VRT|VOLREN|SSD|SURFACE"
     r"|(VOLUME)?RENDER(ED|ING)|SUBTRACT(ION|ED)?|DIVISION|MULTIPLICATION|STD_DEVIATION|CPR|CURVED"
@@ -151,6 +153,8 @@ def _group(headers: list[Header], policy: GeometryPolicy) -> tuple[list[SeriesFi
     headers, broken = _whole_files(headers)
     refused += broken
     headers, projections = _partition(headers, lambda header: not any(map(PROJECTIONS.search, header.image_type)))
+    headers, sheets = _without_sheets(headers)
+    projections += sheets
     if projections:
         warnings.append("PROJECTION_DROPPED")
     stack, localizers = _without_localizers(headers)
@@ -197,6 +201,15 @@ def _partition(headers: Iterable[Header], test: Callable[[Header], bool]) -> tup
     for header in headers:
         (passed if test(header) else failed).append(header)
     return passed, failed
+
+
+def _without_sheets(headers: list[Header]) -> tuple[list[Header], list[Header]]:
+    """Without the few images that lie nowhere in the patient, among others that do: dose sheets and captures, whose
+    Image Type does not always say so."""
+    slices, sheets = _partition(
+        headers, lambda header: bool(header.image_position_patient or header.image_orientation_patient)
+    )
+    return (slices, sheets) if len(sheets) <= MAX_SHEETS < len(slices) else (headers, [])
 
 
 def _whole_files(headers: list[Header]) -> tuple[list[Header], list[tuple[str, Refusal]]]:

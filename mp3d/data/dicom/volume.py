@@ -9,6 +9,7 @@ from jaxtyping import Float, Int16
 from mp3d.config import GeometryPolicy
 from mp3d.data.decode import Pool, shared_pool
 from mp3d.data.dicom import isolated
+from mp3d.data.dicom.acquisitions import alternating_element
 from mp3d.data.dicom.header import Header
 from mp3d.data.dicom.listing import SeriesFiles
 from mp3d.data.dicom.pixels import INT16, check_pixel_format, check_rescale
@@ -26,9 +27,9 @@ from mp3d.errors import Refusal
 
 MAX_VOLUME_BYTES = 4 * 2**30
 """Of the int16 volume, where the caller sets no other limit: 2,000 slices of 1024 x 1024."""
-ALIKE = 1e-5
-"""Pixel spacings of one stack agree to this share, direction cosines to this much: one scanner writes them alike, and
-the far corner of a slice is then a few micrometres off."""
+ALIKE = 5e-5
+"""Pixel spacings of one stack agree to this share, direction cosines to this much: four decimals beside six are alike,
+and the far corner of a slice is then a few hundredths of a millimetre off."""
 GAP_FACTOR = 1.5
 """Slices further apart than so many times what the header says of their spacing or thickness have gaps between them."""
 TILT_TOLERANCE_DEG = 0.1
@@ -88,6 +89,8 @@ def load_volume(
         [f"slice {number} of {len(slices)} ({header.label})" for number, header in enumerate(slices, 1)],
         policy,
     )
+    if grid.positions is not None:
+        _check_one_acquisition(slices)
     positions = np.arange(len(slices)) if grid.positions is None else grid.positions
     _check_size(max(len(positions), len(slices)), num_rows(grid, first.rows), first.columns, max_bytes)
     hu = np.empty((len(slices), first.rows, first.columns), np.int16)
@@ -196,6 +199,16 @@ def _check_geometry(header: Header, first: Header) -> None:
     if header is first or header.image_orientation_patient != first.image_orientation_patient:
         direction_cosines(header.image_orientation_patient, header.label)
     check_pixel_spacing(header.pixel_spacing_yx_mm, header.label)
+
+
+def _check_one_acquisition(slices: list[Header]) -> None:
+    """Slices are not interpolated between two phases or reconstructions."""
+    if element := alternating_element(slices):
+        raise Refusal(
+            "UNEVEN_SPACING",
+            f"slices that differ in {element} lie between one another, and none of them make an even stack; nothing is "
+            "interpolated between acquisitions; export each as a series of its own",
+        )
 
 
 def _ordered(slices: Sequence[Header], directions: Float[np.ndarray, "3 3"], pool: Pool) -> tuple[list[Header], int]:
