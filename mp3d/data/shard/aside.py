@@ -63,8 +63,13 @@ def write_once(path: Path, text: str) -> None:
             path.hardlink_to(temporary)
         except FileExistsError:
             pass
+        except FileNotFoundError:
+            raise
         except OSError:  # a file system without hard links, such as FAT or some of those in a network
             temporary.replace(path)
+    except FileNotFoundError:  # whoever was first clears away what others had begun
+        if not path.exists():
+            raise
     finally:
         temporary.unlink(missing_ok=True)
 
