@@ -174,6 +174,21 @@ def test_files_that_wait_for_their_turn_pay_for_no_other(pool: Pool, tmp_path: P
     assert len({value["pid"] for value in told.values()}) == 3  # two died in a row
 
 
+def test_batches_that_several_workers_read_are_answered_in_order(tmp_path: Path) -> None:
+    with Pool(num_workers=2, limits=LIMITS, module="tests.faulty_worker") as pool:
+        requests = [
+            request("die", tmp_path / "x", number=9) if i == 50 else request("count", tmp_path / "x", number=i)
+            for i in range(120)
+        ]
+        batches = [requests[start : start + 8] for start in range(0, 120, 8)]
+        answers = [answer for answered in pool.map_each(batches) for answer in answered]
+    refused = [i for i, answer in enumerate(answers) if isinstance(answer, Refusal)]
+    told = [answer.value for answer in answers if not isinstance(answer, Refusal)]
+    assert refused == [50]
+    assert [value["number"] for value in told] == [i for i in range(120) if i != 50]
+    assert len({value["pid"] for value in told}) > 1
+
+
 def test_an_array_that_the_next_answer_may_have_overwritten_is_none(pool: Pool, tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"a")
     several = pool.call_each([request("echo", tmp_path / "a")] * 2)

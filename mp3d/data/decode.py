@@ -26,7 +26,7 @@ from pathlib import Path
 from queue import LifoQueue
 from threading import Lock
 from time import monotonic
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -43,6 +43,9 @@ KEPT_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(32 * 2**20), "MALLOC_TRIM_THRESHOLD
 from the system and giving them back, slice by slice."""
 REQUESTS_AHEAD = 16
 """Files that a worker finds waiting; so many names fit into a socket, whatever the answers."""
+Asked = TypeVar("Asked")
+Answered = TypeVar("Answered")
+
 LIMIT_SIGNALS = (signal.SIGXCPU, signal.SIGKILL)
 """A worker that ends by one of these met the limit of processor time, or the machine had no memory left."""
 
@@ -145,10 +148,17 @@ class Pool:
         Raises:
             Refusal: as :meth:`call`, at the place of the file.
         """
-        ahead: deque[Future[Answer]] = deque()
+        return self._ahead(self.call, requests)
+
+    def map_each(self, batches: Iterable[Sequence[Request]]) -> Iterator[list[Answer | Refusal]]:
+        """:meth:`call_each` of one batch after the other, while the workers read ahead by one batch each."""
+        return self._ahead(self.call_each, batches)
+
+    def _ahead(self, call: Callable[[Asked], Answered], requests: Iterable[Asked]) -> Iterator[Answered]:
+        ahead: deque[Future[Answered]] = deque()
         try:
             for request in requests:
-                ahead.append(self._threads.submit(self.call, request))
+                ahead.append(self._threads.submit(call, request))
                 if len(ahead) > self.num_workers:
                     yield ahead.popleft().result()
             while ahead:
@@ -171,27 +181,26 @@ class Pool:
         self.close()
 
 
-def shared_pool() -> Pool:
-    """The pool of this process, with one worker; it ends with the process."""
-    global _shared
+def shared_pool(num_workers: int = 1) -> Pool:
+    """The pool of this process with so many workers; it ends with the process."""
     with _shared_lock:
-        if _shared is None:
-            _shared = Pool()
-            atexit.register(_shared.close)
-        return _shared
+        if num_workers not in _shared:
+            _shared[num_workers] = Pool(num_workers)
+            atexit.register(_shared[num_workers].close)
+        return _shared[num_workers]
 
 
-_shared: Pool | None = None
+_shared: dict[int, Pool] = {}
 _shared_lock = Lock()
 
 
-def _forget_shared_pool() -> None:
+def _forget_shared_pools() -> None:
     """A forked child must not speak to its parent's workers."""
     global _shared, _shared_lock
-    _shared, _shared_lock = None, Lock()
+    _shared, _shared_lock = {}, Lock()
 
 
-os.register_at_fork(after_in_child=_forget_shared_pool)
+os.register_at_fork(after_in_child=_forget_shared_pools)
 
 
 class _Worker:

@@ -5,6 +5,7 @@ import logging
 import os
 import signal
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -173,13 +174,31 @@ def run_on_ray(parts: Sequence[Part]) -> Iterator[tuple[int, int]]:
     context = ray.data.DataContext.get_current().copy()
     context.execution_options.preserve_order = True
     context.enable_progress_bars = False  # the caller tells the progress, in rows and rejects
-    with ray.data.DataContext.current(context):
+    with _prompt_scheduling(), ray.data.DataContext.current(context):
         rows = ray.data.range(len(parts), override_num_blocks=len(parts))
         reports = rows.map(_PreparePart(parts), num_cpus=1)
         for report in reports.iter_rows():
             if report["errno"]:
                 raise OSError(report["errno"], os.strerror(report["errno"]))
             yield report["rows"], report["rejects"]
+
+
+@contextmanager
+def _prompt_scheduling() -> Iterator[None]:
+    """Ray Data learns after a second which CPUs there are, and looks every tenth of a second which tasks have ended;
+    many a series is read in less. Its names for these times are not public: where they go, it is only slower."""
+    with ExitStack() as stack:
+        with suppress(ImportError):
+            from ray.data._internal.execution import resource_manager, streaming_executor_state
+
+            for owner, name, seconds in (
+                (resource_manager.ResourceManager, "GLOBAL_LIMITS_UPDATE_INTERVAL_S", 0.1),
+                (streaming_executor_state, "WAIT_FOR_TASK_COMPLETION_TIMEOUT_S", 0.04),
+            ):
+                if hasattr(owner, name):
+                    stack.callback(setattr, owner, name, getattr(owner, name))
+                    setattr(owner, name, seconds)
+        yield
 
 
 def quiet_ray_data() -> None:

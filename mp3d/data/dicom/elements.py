@@ -206,7 +206,7 @@ def _reaches_delimiter(file: File, offset: int) -> bool:
 
 @cache
 def _tag(keyword: str) -> int:
-    return Tag(keyword)
+    return int(Tag(keyword))  # a plain number compares many times faster
 
 
 def _unreadable(error: OSError) -> Refusal:

@@ -4,6 +4,7 @@ Of a file that is not compressed a worker reads the header; its pixels are then 
 bytes as were checked, which needs no parsing and no second process.
 """
 
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import islice, repeat
@@ -28,15 +29,20 @@ _HEADER = TypeAdapter(Header)
 def image_headers(
     sources: Iterable[tuple[str, Path | bytes]], pool: Pool
 ) -> Iterator[tuple[str, list[Header] | Refusal]]:
-    """:func:`mp3d.data.dicom.frames.image_headers` of one named file after the other, in a worker.
+    """:func:`mp3d.data.dicom.frames.image_headers` of one named file after the other, in workers.
 
     Yields:
         The name, and what is returned or raised there or by :meth:`~mp3d.data.decode.Pool.call`.
     """
-    left = iter(sources)
-    while some := list(islice(left, REQUESTS_AHEAD)):
-        answers = pool.call_each([Request("image_headers", source, {}, "the file") for _, source in some])
-        for (name, source), answer in zip(some, answers, strict=True):
+    left, asked = iter(sources), deque[list[tuple[str, Path | bytes]]]()
+
+    def batches() -> Iterator[list[Request]]:
+        while some := list(islice(left, REQUESTS_AHEAD)):
+            asked.append(some)
+            yield [Request("image_headers", source, {}, "the file") for _, source in some]
+
+    for answers in pool.map_each(batches()):
+        for (name, source), answer in zip(asked.popleft(), answers, strict=True):
             if isinstance(answer, Refusal):
                 yield name, answer
             else:

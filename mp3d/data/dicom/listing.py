@@ -1,5 +1,6 @@
 """The files of a folder or archive to CT series, by their headers alone."""
 
+import os
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -35,6 +36,9 @@ PROJECTIONS = re.compile(
 )
 """Words in values of Image Type (PS3.3 C.7.6.1.1.2, C.8.15.2.1.1) or Frame Type of images that are no slice of the
 patient in Hounsfield units. Plain DERIVED or SECONDARY is none: many scanners and archives write it on their slices."""
+
+LISTING_WORKERS = min(4, os.cpu_count() or 1)
+"""For the headers of a folder; more would wait for the one process that groups them."""
 
 OBJECT_MODALITIES = frozenset(
     {"RTSTRUCT", "SEG", "SR", "PR", "KO", "RTDOSE", "RTPLAN", "RTRECORD", "REG", "FID", "RWV", "DOC", "PLAN"}
@@ -96,10 +100,10 @@ def group_series(
     repeat or alternate. Where the slices are uneven and ``policy`` does not have them resampled, it is split by Image
     Type or Convolution Kernel if that makes them even: stacks of several spacings. A broken file is refused alone;
     whether the rest is a regular stack is for ``load_volume`` to say. The files are parsed by ``pool``, or the
-    process' own.
+    process' own; those of a folder on several cores.
     """
     policy = policy or GeometryPolicy()
-    pool = pool or shared_pool()
+    pool = pool or shared_pool(LISTING_WORKERS if isinstance(files, Path) else 1)
     listing = Listing([], [], [])
     groups: dict[tuple, list[Header]] = defaultdict(list)
     for name, images in isolated.image_headers(_sources(files), pool):
