@@ -59,8 +59,8 @@ def ours(paths: list[Path]) -> np.ndarray:
 
 
 def cpu_s() -> float:
-    """Processor time of this process and of its worker."""
-    children = Path("/proc/self/task", str(os.getpid()), "children").read_text().split()
+    """Processor time of this process and of its workers, whichever thread started them."""
+    children = [child for path in Path("/proc/self/task").glob("*/children") for child in path.read_text().split()]
     nanoseconds = sum(int(Path(f"/proc/{child}/schedstat").read_text().split()[0]) for child in children)
     return time.process_time() + nanoseconds / 1e9
 
