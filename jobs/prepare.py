@@ -142,7 +142,7 @@ def parse(argv: Sequence[str]) -> tuple[Options, functools.partial[Source]]:
         args=list(argv),
         prog=Path(sys.argv[0]).name,
         description=f"{__doc__}\n{cli.EXIT_CODES}",
-        config=(tyro.conf.FlagCreatePairsOff,),
+        config=(tyro.conf.FlagCreatePairsOff, tyro.conf.CascadeSubcommandArgs),
     )
 
 

@@ -195,3 +195,10 @@ def test_the_figure_needs_nothing_but_itself():
     names = {element.get("id") for element in figure.iter()}
     used = {element.get("href", "#")[1:] for element in figure.iter() if element.tag.endswith("}use")}
     assert used <= names
+
+
+def test_options_may_stand_before_and_behind_the_reader() -> None:
+    before, _ = prepare.parse(["--out", "out", "--runner", "local", "lidc", "--root", "r"])
+    behind, reader = prepare.parse(["lidc", "--root", "r", "--runner", "local", "--out", "out"])
+    assert before == behind
+    assert reader.keywords["root"] == Path("r")

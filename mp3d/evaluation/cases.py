@@ -97,8 +97,9 @@ class CasePredictor:
             hausdorff_95(predicted == each, true == each, entry.spacing_mm) if all_known else math.nan
             for each in range(1, number + 1)
         ]
-        marked = ((predicted > 0) | ((true > 0) & (true != UNKNOWN))).sum(axis=(1, 2))
-        shown = int(marked.argmax())
+        sought = (true > 0) & (true != UNKNOWN)
+        marked = (sought | (predicted > 0)).sum(axis=(1, 2))
+        shown = int(np.where(sought.any(axis=(1, 2)) | ~sought.any(), marked, -1).argmax())
         return SegmentedCase(
             entry.patient,
             entry.series,

@@ -112,7 +112,7 @@ class SegmentedCase:
         counts: of each class of the foreground, voxels in both masks, in the predicted one, in the true one.
         hausdorff_95_mm: of each class; NaN where one of the masks is empty, for pictures, and where the truth of a
             slice is not known.
-        shown_slice: from 0, the slice that shows most of what is true or answered.
+        shown_slice: from 0, the slice that shows most of what is true or answered, of those that show something true.
         shown_mask: the answer there, ``(h, w)`` uint8, deflated; its shape is that of the slice.
     """
 

@@ -72,6 +72,7 @@ def write_case_report(
         figures={name: data_url(png) for name, png in figures.items()},
         sections=sections,
         classified=bool(classified),
+        pictures=all(case.patient == case.series for case in evaluation.cases),  # each a patient of its own
         two_classes="auc" in evaluation.scores,
         legend=list(zip(_class_names(evaluation), MASK_COLOURS, strict=False)) if segmented else [],
         true_colour=TRUE_COLOUR,
@@ -139,6 +140,8 @@ def _segmented_sections(
         ("Best", "highest Dice first", ordered[:number]),
         ("Worst", "lowest Dice first", ordered[::-1][: len(ordered) - number][:number]),
     ):
+        if not of:
+            continue
         cards = []
         for value, case in of:
             masked = masked_slice_of(case)
