@@ -25,12 +25,11 @@ import torch
 from machine import cpu_model
 
 from mp3d import recipes
-from mp3d.checkpoint import latest_checkpoint
 from mp3d.config import EvaluateConfig, TrainConfig
 from mp3d.data.shard import ShardSet, entry_as_dict, open_shards, write_manifest
 from mp3d.evaluation import KeySlicePredictor, KeySliceResult, Variant, froc_of, key_slice_samples
-from mp3d.launch import claim
 from mp3d.metrics.average_precision import average_precision
+from mp3d.run_folder import claim, resume_point
 from mp3d.session import PlainSession
 from mp3d.train import train
 
@@ -115,10 +114,10 @@ def fold_shards(shards: ShardSet, folds: int, work: Path) -> list[Path]:
 def trained(config: TrainConfig) -> Path:
     """The last checkpoint of a run, which is begun or gone on with where it has not ended."""
     run = claim(Path(config.launch.storage_path) / config.name, config)
-    found = latest_checkpoint(run)
+    found = resume_point(run)
     if found is None or found.epoch < config.loop.epochs:
         train(config, PlainSession(run, keep=1, device=torch.device("cpu")))
-        found = latest_checkpoint(run)
+        found = resume_point(run)
     assert found is not None
     return found.path
 
