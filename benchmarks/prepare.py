@@ -28,7 +28,7 @@ import pyarrow.parquet as pq
 import pydicom
 import SimpleITK as sitk
 from machine import cpu_model, cpu_s
-from pydicom.pixels import apply_rescale
+from pydicom.pixels.processing import apply_rescale
 
 from mp3d.data.dicom_folder import read_dicom
 from mp3d.data.prepare import prepare

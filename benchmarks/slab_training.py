@@ -27,7 +27,7 @@ from machine import cpu_model
 from mp3d import recipes
 from mp3d.config import EvaluateConfig, TrainConfig
 from mp3d.data.shard import ShardSet, entry_as_dict, open_shards, write_manifest
-from mp3d.evaluation import KeySlicePredictor, KeySliceResult, Variant, froc_of, key_slice_samples
+from mp3d.evaluation import KeySlicePredictor, KeySliceResult, Variant, detection_samples, froc_of
 from mp3d.metrics.average_precision import average_precision
 from mp3d.run_folder import claim, resume_point
 from mp3d.session import PlainSession
@@ -127,7 +127,7 @@ def judged(run: Path, shards: Path, split: str, read: Variant, key_slices: int |
         checkpoint=str(run), shards=str(shards), out="", split=split, accelerator="cpu", max_clips=key_slices
     )
     predictor = KeySlicePredictor(config, read)
-    results = predictor(key_slice_samples(config, predictor.shards))
+    results = predictor(detection_samples(config, predictor.shards))
     score = froc_of(results).mean_sensitivity
     print(f"{run.parent.name} {read}: {score:.3f} on {len(results)} key slices", flush=True)
     return results

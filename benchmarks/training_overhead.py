@@ -36,6 +36,7 @@ from mp3d.data.series import CTSeries, Truth, Volume
 from mp3d.data.shard import open_shards
 from mp3d.data.source import Item, Source
 from mp3d.launch import connect_ray
+from mp3d.run_folder import Save
 from mp3d.session import PlainSession, RayTrainSession
 from mp3d.train import train
 
@@ -49,8 +50,8 @@ class Timed:
         super().__init__(*args, **options)
         self.marks: list[tuple[float, float]] = []
 
-    def report(self, *args: Any) -> None:
-        super().report(*args)  # type: ignore[misc]
+    def report(self, epoch: int, score: float, metrics: dict[str, float], save: Save) -> None:
+        super().report(epoch, score, metrics, save)  # type: ignore[misc]
         self.marks.append((time.process_time(), time.perf_counter()))
         (self.run_dir / "marks.json").write_text(json.dumps(self.marks))  # type: ignore[attr-defined]
 

@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -57,7 +58,7 @@ def as_series(hu: Stack) -> CTSeries:
     return CTSeries("patient", "study", "series", Volume(hu, np.diag([0.7, 0.7, 2.5, 1])), (Truth(),) * len(hu))
 
 
-def write_column(path: Path, images: pa.Array, rows: int, compression: str, **options: object) -> Path:
+def write_column(path: Path, images: pa.Array, rows: int, compression: str, **options: Any) -> Path:
     level = 1 if compression == "zstd" else None
     table = pa.table({"image": images})
     pq.write_table(table, path, row_group_size=rows, compression=compression, compression_level=level, **options)
