@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 from mp3d.config import UNKNOWN, AugmentConfig, ClipConfig
 from mp3d.data.blocks import Placement, axis_positions, draw_placement, read_block, resample_plane, turned
 from mp3d.data.prepare import prepare
-from mp3d.data.regrid import AIR_HU
-from mp3d.data.series import CTSeries, Truth, Volume
+from mp3d.data.series import AIR_HU, CTSeries, Truth, Volume
 from mp3d.data.shard import ShardSet, open_shards
 from mp3d.data.source import Item, Source
 from mp3d.errors import DataError

@@ -17,8 +17,7 @@ from pydicom.valuerep import format_number_as_ds
 from mp3d.config import GeometryPolicy
 from mp3d.data.dicom import group_series, load_volume
 from mp3d.data.geometry import MAX_RESAMPLED_GAP, MAX_RESAMPLED_GAP_MM
-from mp3d.data.regrid import AIR_HU
-from mp3d.data.series import Volume
+from mp3d.data.series import AIR_HU, Volume
 from mp3d.errors import Refusal
 from tests.dicom_files import (
     FUNCTIONAL_GROUPS,

@@ -13,8 +13,7 @@ from mp3d.config import GeometryPolicy, ServeConfig
 from mp3d.data.dicom import StoredSlice, group_series, load_volume
 from mp3d.data.dicom_folder import read_dicom
 from mp3d.data.geometry import MAX_RESAMPLED_GAP_MM
-from mp3d.data.regrid import AIR_HU
-from mp3d.data.series import CTSeries, Volume
+from mp3d.data.series import AIR_HU, CTSeries, Volume
 from mp3d.errors import Refusal
 from mp3d.predict import Predictor
 from mp3d.serving.engine import Engine, read_series

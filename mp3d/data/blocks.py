@@ -11,7 +11,7 @@ from jaxtyping import Float, Int16, UInt8
 
 from mp3d.config import UNKNOWN, AugmentConfig, ClipConfig
 from mp3d.data.clips import resample_z
-from mp3d.data.regrid import AIR_HU
+from mp3d.data.series import AIR_HU
 from mp3d.data.shard import Row, SeriesEntry, ShardSet, decode_image, decode_truth
 from mp3d.errors import DataError
 

@@ -38,6 +38,7 @@ MAX_ANSWER_BYTES = 64 * 2**20
 """Of the JSON: the headers of a few thousand frames are far smaller."""
 START_S = 60.0
 """A worker is at work within a second, on a machine that is not overloaded."""
+MAX_STARTS = 3
 KEPT_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(32 * 2**20), "MALLOC_TRIM_THRESHOLD_": str(64 * 2**20)}
 """For glibc: a worker keeps what one slice took for the next. Else a third of its time goes into getting zeroed pages
 from the system and giving them back, slice by slice."""
@@ -135,12 +136,19 @@ class Pool:
                     worker.end()
                     worker = None
                 if worker is None:
-                    worker = _Worker(self.module, self.limits)
+                    worker = self._started()
                 ahead = 1 if any(isinstance(request.source, bytes) for request in rest) else REQUESTS_AHEAD
                 answers += worker.call_each(rest[:ahead])
             return answers
         finally:
             self._idle.put(worker)
+
+    def _started(self) -> "_Worker":
+        """A new worker; one that the system ends while it starts, for want of memory perhaps, is tried again."""
+        for _ in range(MAX_STARTS - 1):
+            with suppress(RuntimeError):
+                return _Worker(self.module, self.limits)
+        return _Worker(self.module, self.limits)
 
     def map(self, requests: Iterable[Request]) -> Iterator[Answer]:
         """The answers in the order of the requests, while the workers read ahead by one file each.

@@ -44,7 +44,8 @@ def check_pixel_spacing(spacing_yx_mm: Sequence[float], label: str) -> None:
     if not all(MIN_SPACING_MM <= value <= MAX_PIXEL_SPACING_MM for value in spacing_yx_mm):  # also NaN
         shown = " x ".join(f"{value:g}" for value in spacing_yx_mm)
         rule = f"{MIN_SPACING_MM:g} to {MAX_PIXEL_SPACING_MM:g} mm"
-        raise Refusal("BAD_SPACING", f"{label}: the pixel spacing is {shown} mm; it must be {rule}; export it again")
+        tag = "Pixel Spacing (0028,0030)"
+        raise Refusal("BAD_SPACING", f"{label}: {tag} is {shown} mm; it must be {rule}; export it again")
 
 
 def check_slice_spacing(spacing_mm: float) -> None:
@@ -55,7 +56,10 @@ def check_slice_spacing(spacing_mm: float) -> None:
     """
     if not MIN_SPACING_MM <= spacing_mm <= MAX_SLICE_SPACING_MM:  # also NaN
         rule = f"{MIN_SPACING_MM:g} to {MAX_SLICE_SPACING_MM:g} mm"
-        raise Refusal("BAD_SPACING", f"the slices are {spacing_mm:g} mm apart; it must be {rule}; export them again")
+        places = "by their positions, in DICOM (0020,0032)"
+        raise Refusal(
+            "BAD_SPACING", f"slices are {spacing_mm:g} mm apart {places}; it must be {rule}; export them again"
+        )
 
 
 def direction_cosines(orientation: Sequence[float], label: str) -> Float[np.ndarray, "3 3"]:
@@ -126,8 +130,8 @@ def stack_grid(
     """
     policy = policy or GeometryPolicy()
     if len(positions) < MIN_SLICES:
-        detail = f"{len(positions)} slices, {MIN_SLICES} are needed to see that none is missing"
-        raise Refusal("TOO_FEW_SLICES", f"{detail}; fetch the whole series")
+        detail = f"{len(positions)} of the {MIN_SLICES} slices that it takes to see that none is missing"
+        raise Refusal("TOO_FEW_SLICES", f"{detail} ({labels[0]} is there); fetch the whole series")
     distances = (positions - positions[0]) @ directions[:, 2]
     spacing = float(np.median(np.diff(distances)))
     check_slice_spacing(spacing)

@@ -9,9 +9,7 @@ from jaxtyping import Float, Int16
 
 from mp3d.data.clips import resample_z
 from mp3d.data.geometry import Grid
-
-AIR_HU = -1024
-"""The lowest value of the Hounsfield scale on 12 bits, which scanners write for air outside the patient."""
+from mp3d.data.series import AIR_HU
 
 
 def num_rows(grid: Grid, num_source_rows: int) -> int:

@@ -6,6 +6,9 @@ from dataclasses import dataclass, field
 import numpy as np
 from jaxtyping import Float, Int16, Int64, UInt8
 
+AIR_HU = -1024
+"""The lowest value of the Hounsfield scale on 12 bits, which scanners write for air outside the patient."""
+
 
 @dataclass(frozen=True)
 class Volume:

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mp3d.config import UNKNOWN, AugmentConfig
-from mp3d.data.regrid import AIR_HU
+from mp3d.data.series import AIR_HU
 from mp3d.sample import Target
 
 

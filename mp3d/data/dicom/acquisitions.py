@@ -49,6 +49,9 @@ def split_by_acquisition(headers: list[Header]) -> list[list[Header]]:
         _split(headers, lambda header: header.image_type),
         _split(headers, lambda header: header.stack),
         _split(headers, lambda header: header.temporal_position),
+        _split(headers, lambda header: header.cardiac_phase),
+        _split(headers, lambda header: header.tube_voltage),
+        _split(headers, lambda header: header.contrast_agent),
         _split(headers, lambda header: header.said_spacing_mm),
         _split(headers, lambda header: (header.acquisition_number, header.convolution_kernel, header.image_type)),
         _split(headers, lambda header: header.frame and (_image(header), header.stack)),
@@ -90,6 +93,9 @@ def alternating_element(headers: list[Header]) -> str:
         ("Image Type (0008,0008)", lambda header: header.image_type),
         ("Stack ID or Temporal Position Index (0020,9056), (0020,9128)", lambda header: header.stack),
         ("Temporal Position Identifier (0020,0100)", lambda header: header.temporal_position),
+        ("cardiac phase (0020,9241) or Trigger Time (0018,1060)", lambda header: header.cardiac_phase),
+        ("KVP (0018,0060)", lambda header: header.tube_voltage),
+        ("Contrast/Bolus Agent (0018,0010)", lambda header: header.contrast_agent),
         ("Acquisition Number (0020,0012)", lambda header: header.acquisition_number),
     )
     return next((name for name, by in elements if _share_a_range(_split(headers, by))), "")

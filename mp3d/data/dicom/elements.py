@@ -26,6 +26,8 @@ MAX_FRAGMENTS = 16384
 """Of compressed pixels; nearly always there is one per slice."""
 
 PIXEL_DATA = 0x7FE00010
+MODALITY_LUT = 0x00283000
+"""Modality LUT Sequence: of it is only told that it is there."""
 ITEM = b"\xfe\xff\x00\xe0"
 SEQUENCE_DELIMITER = b"\xfe\xff\xdd\xe0"
 """Tags (FFFE,E000) and (FFFE,E0DD) as they stand before and behind the fragments of compressed pixels."""
@@ -161,7 +163,10 @@ def read_elements(body: Body, keywords: Iterable[str]) -> tuple[Elements, Pixels
             if tag > PIXEL_DATA:
                 end = walker.at + length
                 break
-            if tag in tags and length != UNDEFINED_LENGTH:
+            if tag == MODALITY_LUT and element.length:
+                elements[tag] = b"there"
+                walker.skip(element)
+            elif tag in tags and length != UNDEFINED_LENGTH:
                 value = walker.read(length, MAX_VALUE_BYTES + 1)
                 if elements.setdefault(tag, value) != value:
                     name = f"({tag >> 16:04X},{tag & 0xFFFF:04X})"

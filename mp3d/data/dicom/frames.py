@@ -24,7 +24,7 @@ from mp3d.data.dicom.elements import (
     open_body,
     open_source,
 )
-from mp3d.data.dicom.header import MULTIFRAME_CLASSES, Header, read_header, said_spacing_mm
+from mp3d.data.dicom.header import MULTIFRAME_CLASSES, Header, made_by, read_header, said_spacing_mm
 from mp3d.data.dicom.pixels import NATIVE, check_pixel_format
 from mp3d.data.dicom.walk import UNDEFINED_LENGTH, Walker
 from mp3d.errors import Refusal
@@ -32,10 +32,12 @@ from mp3d.errors import Refusal
 MAX_FRAMES = 4096
 MAX_FILE_BYTES = 900 * 2**20
 """Of the decoded frames of one file: 1,800 of 512 x 512. What a hundred kilobytes claim can be far more."""
+MAX_GROWTH, FREE_BYTES = 200, 64 * 2**20
+"""Decoded frames have no more than these times the bytes of their file, or these bytes; no CT is that empty."""
 SHARED, PER_FRAME = 0x52009229, 0x52009230
 """Shared and Per-frame Functional Groups Sequence."""
 WANTED = {
-    "CTImageFrameTypeSequence": ("FrameType",),
+    "CTImageFrameTypeSequence": ("FrameType", "VolumetricProperties", "VolumeBasedCalculationTechnique"),
     "FrameContentSequence": ("StackID", "TemporalPositionIndex", "FrameAcquisitionNumber"),
     "CTReconstructionSequence": ("ConvolutionKernel",),
     "CTAcquisitionDetailsSequence": ("GantryDetectorTilt",),
@@ -85,6 +87,12 @@ def frame_headers(header: Header) -> list[Header]:
     if (decoded := count * header.rows * header.columns * 2) > MAX_FILE_BYTES:
         detail = f"{count} frames of {header.rows} x {header.columns} pixels are {decoded >> 20} MiB"
         raise Refusal("TOO_LARGE", f"{header.label}: {detail}, at most {MAX_FILE_BYTES >> 20} are read; split the file")
+    if decoded > max(MAX_GROWTH * header.size, FREE_BYTES):
+        raise Refusal(
+            "TOO_LARGE",
+            f"{header.label} claims {decoded >> 20} MiB of pixels (0028,0008), over {MAX_GROWTH} times its own size; "
+            "no CT compresses so well; export it again",
+        )
     shared, groups = _functional_groups(header)
     if len(groups) != count:
         raise Refusal(
@@ -171,6 +179,7 @@ def _frame(header: Header, number: int, pixels: Pixels | None, values: Values) -
         rescale_type=values.text("RescaleType").upper(),
         stack=stack if any(stack) else (),
         said_spacing_mm=said_spacing_mm(values),
+        made_by=made_by(values) or header.made_by,
     )
 
 

@@ -7,11 +7,14 @@ from typing import TypeVar
 
 from pydicom import uid
 
-from mp3d.data.dicom.elements import Pixels, Values, open_body, read_elements
+from mp3d.data.dicom.elements import MODALITY_LUT, Pixels, Values, open_body, read_elements
 from mp3d.errors import Refusal
 
 CT_CLASSES = frozenset({uid.CTImageStorage, uid.EnhancedCTImageStorage, uid.LegacyConvertedEnhancedCTImageStorage})
 MULTIFRAME_CLASSES = CT_CLASSES - {uid.CTImageStorage}
+
+MAX_INSTANCE_NUMBER = 999_999
+"""A longer one is none, and may tell whom it is of."""
 
 Number = TypeVar("Number", int, float)
 KEYWORDS = (
@@ -20,7 +23,9 @@ KEYWORDS = (
     "ImageOrientationPatient", "FrameOfReferenceUID", "SamplesPerPixel", "PhotometricInterpretation", "NumberOfFrames",
     "Rows", "Columns", "PixelSpacing", "BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation",
     "PixelPaddingValue", "PixelPaddingRangeLimit", "RescaleIntercept", "RescaleSlope", "RescaleType",
-    "SliceThickness", "SpacingBetweenSlices", "AcquisitionTime", "TemporalPositionIdentifier",
+    "SliceThickness", "SpacingBetweenSlices", "AcquisitionTime", "AcquisitionDateTime", "TemporalPositionIdentifier",
+    "KVP", "ContrastBolusAgent", "NominalPercentageOfCardiacPhase", "TriggerTime", "LossyImageCompression",
+    "VolumetricProperties", "VolumeBasedCalculationTechnique",
 )  # fmt: skip
 
 
@@ -82,8 +87,20 @@ class Header:
     said_spacing_mm: float | None = None
     """Spacing Between Slices, else Slice Thickness; a hint, for both are often wrong."""
     acquisition_time: str = ""
+    """Acquisition Time, or of the date too."""
     temporal_position: str = ""
     """Temporal Position Identifier: the phase, where a classic image says it."""
+    cardiac_phase: str = ""
+    """Nominal Percentage of Cardiac Phase, else Trigger Time."""
+    tube_voltage: str = ""
+    """KVP."""
+    contrast_agent: str = ""
+    """Contrast/Bolus Agent; empty without."""
+    lossy: bool = False
+    """Lossy Image Compression, at any time before."""
+    made_by: tuple[str, ...] = ()
+    """Volumetric Properties and Volume Based Calculation Technique, which an Enhanced CT must say of each frame."""
+    has_modality_lut: bool = False
     read_s: float = field(default=0.0, compare=False)
     """Seconds that reading it took, which count against the time that the file may take; 0 where it has many frames."""
 
@@ -97,7 +114,10 @@ class Header:
         """What messages call it: neither UID nor file name."""
         if self.frame:
             return f"frame {self.frame}"
-        return "an instance without number" if self.instance_number is None else f"instance {self.instance_number}"
+        number = self.instance_number
+        if number is None or abs(number) > MAX_INSTANCE_NUMBER:
+            return "an instance without number"
+        return f"instance {number}"
 
 
 def read_header(source: Path | bytes, name: str = "") -> Header:
@@ -148,9 +168,21 @@ def read_header(source: Path | bytes, name: str = "") -> Header:
         cut=cut,
         pixel_padding_bits=_padding_bits(values),
         said_spacing_mm=said_spacing_mm(values),
-        acquisition_time=values.text("AcquisitionTime"),
+        acquisition_time=values.text("AcquisitionDateTime") or values.text("AcquisitionTime"),
         temporal_position=values.text("TemporalPositionIdentifier"),
+        cardiac_phase=values.text("NominalPercentageOfCardiacPhase") or values.text("TriggerTime"),
+        tube_voltage=values.text("KVP"),
+        contrast_agent=values.text("ContrastBolusAgent"),
+        lossy=values.text("LossyImageCompression") == "01",
+        made_by=made_by(values),
+        has_modality_lut=MODALITY_LUT in elements,
     )
+
+
+def made_by(values: Values) -> tuple[str, ...]:
+    """Volumetric Properties and Volume Based Calculation Technique, where they are there."""
+    texts = (values.text("VolumetricProperties"), values.text("VolumeBasedCalculationTechnique"))
+    return tuple(text.upper() for text in texts if text)
 
 
 def said_spacing_mm(values: Values) -> float | None:

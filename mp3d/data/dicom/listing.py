@@ -3,8 +3,8 @@
 import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
@@ -18,6 +18,7 @@ from mp3d.data.dicom.acquisitions import slice_normal, split_by_acquisition, spl
 from mp3d.data.dicom.header import Header
 from mp3d.data.dicom.pixels import check_pixel_format
 from mp3d.data.files import walk
+from mp3d.data.geometry import MIN_SLICES
 from mp3d.errors import Refusal
 
 LOCALIZER_ANGLE_DEG = 45.0
@@ -31,14 +32,21 @@ MAX_SHEETS = 3
 PROJECTIONS = re.compile(
     r"(?<![A-Z])((T|TIME|MIN|MAX|M)?MIP|(MIN|MAX)[ _]?IP|PROJECTION|MAXIMUM|MINIMUM|VRT|VOLREN|SSD|SURFACE"
     r"|(VOLUME)?RENDER(ED|ING)|SUBTRACT(ION|ED)?|DIVISION|MULTIPLICATION|STD_DEVIATION|CPR|CURVED"
-    r"|SCREEN[ _]?SAVE|SCREENSHOT|CAPTURE|DOSE_INFO|PROT(OCOL)?|PERFUSION|CBF|CBV|MTT|TTP|TMAX|PBV"
-    r"|EFF_Z|Z_EFF|RHO_Z|RHO|ELECTRON_DENSITY|DE_MATERIAL|MATERIAL|IODINE)(?![A-Z])"
+    r"|SCREEN[ _]?(SAVE|SHOT)|CAPTURE|DOSE_INFO|PROT(OCOL)?|PERFUSION|CBF|CBV|MTT|TTP|TMAX|PBV"
+    r"|EFF_Z|Z_EFF|RHO_Z|RHO|ELECTRON_DENSITY|DE_MATERIAL|MATERIAL|IODINE|MD|EFF_ATOMIC_NUM"
+    r"|MAT_(FRACTIONAL|VALUE_BASED|SPECIFIC)|SEGMENTATION|TEXT_?REPORT|OVERLAY|BLENDING)(?![A-Z])"
 )
 """Words in values of Image Type (PS3.3 C.7.6.1.1.2, C.8.15.2.1.1) or Frame Type of images that are no slice of the
 patient in Hounsfield units. Plain DERIVED or SECONDARY is none: many scanners and archives write it on their slices."""
+SLICES_OF = frozenset({"VOLUME", "SAMPLED", "MIXED", "NONE", "MPR", "MEAN_IP", "FILTERED"})
+"""Volumetric Properties and Volume Based Calculation Technique of frames that are slices in Hounsfield units; a
+projection or a curved reformat says another."""
 
 LISTING_WORKERS = min(4, os.cpu_count() or 1)
 """For the headers of a folder; more would wait for the one process that groups them."""
+
+NOBODYS = frozenset({"UNREADABLE", "TRUNCATED", "BAD_HEADER", "DECODE_CRASHED", "DECODE_LIMIT", "DECODE_FAILED"})
+"""Why a file may be refused before it is known of which series it is."""
 
 OBJECT_MODALITIES = frozenset(
     {"RTSTRUCT", "SEG", "SR", "PR", "KO", "RTDOSE", "RTPLAN", "RTRECORD", "REG", "FID", "RWV", "DOC", "PLAN"}
@@ -120,7 +128,17 @@ def group_series(
         series, refused = _group(headers, policy)
         listing.series.extend(series)
         listing.refused.extend(refused)
+    broken = {PurePosixPath(name).parent for name, refusal in listing.refused if refusal.reason in NOBODYS}
+    listing.series[:] = [_beside(series, broken) for series in listing.series]
     return listing
+
+
+def _beside(series: SeriesFiles, broken: Container[PurePosixPath]) -> SeriesFiles:
+    """With a warning where a file in its folder was refused that may have been of this series: at an end of the stack
+    it leaves no gap."""
+    if "BROKEN_FILE_DROPPED" in series.warnings or PurePosixPath(series.slices[0].name).parent not in broken:
+        return series
+    return replace(series, warnings=(*series.warnings, "BROKEN_FILE_DROPPED"))
 
 
 def _sources(files: Path | Mapping[str, bytes]) -> Iterator[tuple[str, Path | bytes]]:
@@ -137,10 +155,12 @@ def _is_companion(name: str) -> bool:
 
 
 def _series_key(header: Header) -> tuple:
-    """Over-anonymised files have no Series Instance UID; that must not make one series of them all."""
-    if header.series_instance_uid:
-        return (header.series_instance_uid,)
+    """Over-anonymised files have no Series Instance UID, or all the same and nothing else that tells them apart; that
+    must not make one series of them all."""
     folder = PurePosixPath(header.name).parent
+    if header.series_instance_uid:
+        tells = header.patient_id or header.study_instance_uid or header.frame_of_reference_uid
+        return (header.series_instance_uid, None if tells else folder)
     orientation = tuple(round(value, 1) + 0.0 for value in header.image_orientation_patient)
     return (folder, header.frame_of_reference_uid, header.rows, header.columns, orientation)
 
@@ -152,11 +172,14 @@ def _group(headers: list[Header], policy: GeometryPolicy) -> tuple[list[SeriesFi
 
     headers, others = _partition(headers, lambda header: header.is_ct)
     if others:
-        detail = f"{len(others)} files of another modality, or without Hounsfield units; leave them out"
+        detail = (
+            f"{len(others)} files, the first {others[0].label}, of another Modality (0008,0060) or class (0008,0016), "
+            "or without Hounsfield units; leave them out"
+        )
         refused.append((others[0].name, Refusal("NOT_CT", detail)))
     headers, broken = _whole_files(headers)
     refused += broken
-    headers, projections = _partition(headers, lambda header: not any(map(PROJECTIONS.search, header.image_type)))
+    headers, projections = _partition(headers, _is_slice)
     headers, sheets = _without_sheets(headers)
     projections += sheets
     if projections:
@@ -195,8 +218,13 @@ def _series_files(slices: Sequence[Header], part: int, warnings: Iterable[str]) 
         study=first.study_instance_uid or first.frame_of_reference_uid or folder,
         series=f"{series}#{part}" if part else series,
         slices=tuple(slices),
-        warnings=(*warnings, *(["MIXED_RECONSTRUCTION"] if len({it.convolution_kernel for it in slices}) > 1 else [])),
+        warnings=(*warnings, *(["MIXED_RECONSTRUCTION"] if len(set(map(_made_alike, slices))) > 1 else [])),
     )
+
+
+def _made_alike(header: Header) -> tuple[str, ...]:
+    """What slices of one scan have in common."""
+    return (header.convolution_kernel, header.image_type[0], header.contrast_agent, header.tube_voltage)
 
 
 def _partition(headers: Iterable[Header], test: Callable[[Header], bool]) -> tuple[list[Header], list[Header]]:
@@ -205,6 +233,11 @@ def _partition(headers: Iterable[Header], test: Callable[[Header], bool]) -> tup
     for header in headers:
         (passed if test(header) else failed).append(header)
     return passed, failed
+
+
+def _is_slice(header: Header) -> bool:
+    """By what the image says of how it was made."""
+    return not any(map(PROJECTIONS.search, header.image_type)) and SLICES_OF.issuperset(header.made_by)
 
 
 def _without_sheets(headers: list[Header]) -> tuple[list[Header], list[Header]]:
@@ -245,6 +278,10 @@ def _without_localizers(headers: list[Header]) -> tuple[list[Header], list[Heade
         along, across = _partition(
             stack, lambda header: abs(np.dot(normals[header.name, header.frame] or main, main)) >= limit
         )
-        if len(across) <= MAX_LOCALIZERS and len(across) < len(along):
+        axial = [header for header in across if abs(normals[header.name, header.frame][2]) > limit]
+        few_slices = (
+            len(along) <= MAX_LOCALIZERS and len(axial) >= MIN_SLICES
+        )  # and those along are the scouts, perhaps
+        if len(across) <= MAX_LOCALIZERS and len(across) < len(along) and not few_slices:
             return along, localizers + across
     return stack, localizers

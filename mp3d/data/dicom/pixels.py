@@ -8,12 +8,13 @@ from io import SEEK_END, BytesIO
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Int16, Integer, UInt16
+from jaxtyping import Bool, Int16, Integer, UInt16
 from pydicom import uid
 
 from mp3d.data.dicom.decoders import COMPRESSED, LOSSY, Decoded, decode_frame
 from mp3d.data.dicom.elements import ITEM, SEQUENCE_DELIMITER, File, open_body, open_source
 from mp3d.data.dicom.header import Header
+from mp3d.data.series import AIR_HU
 from mp3d.errors import Refusal
 
 NATIVE = frozenset(
@@ -108,6 +109,12 @@ def check_rescale(header: Header) -> None:
             f"{header.label}: Rescale Slope (0028,1053) {slope:g} and Intercept (0028,1052) {intercept:g} give no "
             "Hounsfield units; export the original CT images",
         )
+    if header.has_modality_lut:
+        raise Refusal(
+            "BAD_RESCALE",
+            f"{header.label} has a Modality LUT Sequence (0028,3000) beside slope and intercept, of which only one may "
+            "be there; export the original CT images",
+        )
     if not HOUNSFIELD.issuperset(header.rescale_type.split("\\")):
         raise Refusal("NOT_HU", f"{header.label}: Rescale Type (0028,1054) is not HU; leave this series out")
 
@@ -124,18 +131,25 @@ def read_hu(header: Header, out: Int16[np.ndarray, "h w"] | None = None) -> Int1
     check_pixel_format(header)
     check_rescale(header)
     out = np.empty((header.rows, header.columns), np.int16) if out is None else out
-    stored = read_stored(header, out.view(np.uint16))
+    stored, padding = _read(header, out.view(np.uint16))
+    _to_hu(stored, header, out)
+    if padding is not None:
+        out[padding] = AIR_HU
+    return out
+
+
+def _to_hu(stored: Integer[np.ndarray, "h w"], header: Header, out: Int16[np.ndarray, "h w"]) -> None:
     intercept = header.rescale_intercept or 0.0
     if header.rescale_slope == 1 and intercept.is_integer():  # nearly always, and then integers give the same
         low, high = int(stored.min()) + intercept, int(stored.max()) + intercept
         if INT16.min <= low and high <= INT16.max:
-            return np.add(stored.view(np.int16), np.int64(intercept).astype(np.int16), out=out)
+            np.add(stored.view(np.int16), np.int64(intercept).astype(np.int16), out=out)
+            return
     hu = stored.astype(np.float32)
     hu *= np.float32(header.rescale_slope)
     hu += np.float32(intercept)
     np.rint(hu, out=hu)
     out[...] = np.clip(hu, INT16.min, INT16.max, out=hu)
-    return out
 
 
 def read_stored(header: Header, room: UInt16[np.ndarray, "h w"] | None = None) -> Integer[np.ndarray, "h w"]:
@@ -147,9 +161,18 @@ def read_stored(header: Header, room: UInt16[np.ndarray, "h w"] | None = None) -
     Raises:
         Refusal: ``UNREADABLE``, ``TRUNCATED`` or ``DECODE_FAILED``.
     """
+    return _read(header, room)[0]
+
+
+def _read(
+    header: Header, room: UInt16[np.ndarray, "h w"] | None
+) -> tuple[Integer[np.ndarray, "h w"], Bool[np.ndarray, "h w"] | None]:
+    """The stored values; where padding stands that takes more bits than are stored, if the header speaks of such."""
     try:
         if header.transfer_syntax in NATIVE:
-            return _stored_bits(_read_native(header, room), header.bits_stored, header)
+            raw = _read_native(header, room)
+            padding = _padding(raw, header)
+            return _stored_bits(raw, header.bits_stored, header), padding
         frame = _read_frame(header)
     except OSError as error:
         raise Refusal("UNREADABLE", f"{header.label} cannot be read ({type(error).__name__})") from error
@@ -161,7 +184,26 @@ def read_stored(header: Header, room: UInt16[np.ndarray, "h w"] | None = None) -
     count = decoded.precision
     if header.transfer_syntax not in LOSSY:  # lossy coders of 16 bits overshoot the bits stored, and mean it
         count = min(count, header.bits_stored)
-    return _stored_bits(decoded.bits, count, header)
+    return _stored_bits(decoded.bits, count, header), _padding(decoded.bits, header)
+
+
+def wide_padding(header: Header) -> Integer[np.ndarray, " n"] | None:
+    """Pixel Padding Value (and Range Limit), ascending, where it takes more bits than are stored: by the lower bits
+    alone it would pass for tissue."""
+    if header.bits_stored == 16 or not header.pixel_padding_bits:
+        return None
+    words = np.array(header.pixel_padding_bits, np.uint16)
+    if np.array_equal(_stored_bits(words, header.bits_stored, header).view(np.uint16), words):
+        return None
+    return np.sort(words.view(np.int16) if header.pixel_representation == 1 else words)
+
+
+def _padding(raw: UInt16[np.ndarray, "h w"], header: Header) -> Bool[np.ndarray, "h w"] | None:
+    padding = wide_padding(header)
+    if padding is None:
+        return None
+    values = raw.view(padding.dtype)
+    return (values >= padding[0]) & (values <= padding[-1])
 
 
 def _open_pixels(header: Header) -> File:

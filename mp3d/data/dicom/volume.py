@@ -10,9 +10,10 @@ from mp3d.config import GeometryPolicy
 from mp3d.data.decode import Pool, shared_pool
 from mp3d.data.dicom import isolated
 from mp3d.data.dicom.acquisitions import alternating_element
+from mp3d.data.dicom.decoders import LOSSY
 from mp3d.data.dicom.header import Header
 from mp3d.data.dicom.listing import SeriesFiles
-from mp3d.data.dicom.pixels import INT16, check_pixel_format, check_rescale
+from mp3d.data.dicom.pixels import INT16, check_pixel_format, check_rescale, wide_padding
 from mp3d.data.geometry import (
     MAX_POSITION_MM,
     POSITION_TOLERANCE_MM,
@@ -21,8 +22,8 @@ from mp3d.data.geometry import (
     same_positions,
     stack_grid,
 )
-from mp3d.data.regrid import AIR_HU, num_rows, regrid
-from mp3d.data.series import Volume
+from mp3d.data.regrid import num_rows, regrid
+from mp3d.data.series import AIR_HU, Volume
 from mp3d.errors import Refusal
 
 MAX_VOLUME_BYTES = 4 * 2**30
@@ -92,7 +93,8 @@ def load_volume(
     if grid.positions is not None:
         _check_one_acquisition(slices)
     positions = np.arange(len(slices)) if grid.positions is None else grid.positions
-    _check_size(max(len(positions), len(slices)), num_rows(grid, first.rows), first.columns, max_bytes)
+    corrected = len(positions) if grid.tilt_deg or grid.positions is not None else 0  # lies beside what was read
+    _check_size(len(slices) + corrected, num_rows(grid, first.rows), first.columns, max_bytes)
     hu = np.empty((len(slices), first.rows, first.columns), np.int16)
     num_padded = num_clipped = 0
     for header, plane in zip(slices, isolated.read_slices(slices, pool, hu), strict=True):
@@ -105,6 +107,7 @@ def load_volume(
     warnings += ["DUPLICATE_DROPPED"] if num_duplicates else []
     warnings += ["PADDING_TO_AIR"] if num_padded else []
     warnings += ["HU_CLIPPED"] if num_clipped else []
+    warnings += ["LOSSY_COMPRESSED"] if any(it.lossy or it.transfer_syntax in LOSSY for it in slices) else []
     warnings += ["TILT_CORRECTED"] if grid.tilt_deg else []
     warnings += ["UNEVEN_RESAMPLED"] if grid.positions is not None else []
     said = first.said_spacing_mm
@@ -118,7 +121,7 @@ def load_volume(
 
 def _check_size(depth: int, rows: int, columns: int, max_bytes: int) -> None:
     if depth * rows * columns * 2 > max_bytes:
-        size = f"{depth} slices of {rows} x {columns} pixels"
+        size = f"{depth} slices of {rows} x {columns} pixels (0028,0010), (0028,0011)"
         raise Refusal("TOO_LARGE", f"{size} exceed {max_bytes >> 20} MiB; split the series")
 
 
@@ -134,6 +137,8 @@ def _fill_padding(hu: Int16[np.ndarray, "h w"], header: Header) -> int:
     """Make air of padding that would pass for the brightest metal, in place; returns the number of pixels."""
     if not header.pixel_padding_bits:
         return 0
+    if wide_padding(header) is not None:  # air already, as it was read
+        return int((hu == AIR_HU).sum())
     bits = np.array(header.pixel_padding_bits, np.uint16)
     stored = (bits.view(np.int16) if header.pixel_representation == 1 else bits).astype(np.float64)
     values = np.clip(np.rint(stored * (header.rescale_slope or 1) + (header.rescale_intercept or 0)), -32768, 32767)
