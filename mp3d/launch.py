@@ -275,9 +275,10 @@ def _train_in_worker(payload: dict[str, Any]) -> None:
 
 def _explained(error: Exception, run_dir: Path) -> Mp3dError | None:
     """What stopped the workers, as an error of ours; None where it is a defect."""
-    from ray.exceptions import RayError
+    from ray.exceptions import NodeDiedError, OutOfMemoryError, RayActorError, WorkerCrashedError
     from ray.train import ControllerError, WorkerGroupError
 
+    ends_of_a_process = (RayActorError, NodeDiedError, WorkerCrashedError, OutOfMemoryError)
     causes = list(_causes(error))
     for cause in causes:
         if isinstance(cause, Mp3dError):
@@ -288,10 +289,14 @@ def _explained(error: Exception, run_dir: Path) -> Mp3dError | None:
             )
     if isinstance(error, ControllerError):
         return ResourceError(f"the workers could not be started ({causes[-1]}); the same command tries again")
-    if isinstance(error, WorkerGroupError) and all(isinstance(it, RayError) for it in error.worker_failures.values()):
-        lost = ", ".join(str(rank) for rank in sorted(error.worker_failures))
+    lost = [  # the others may have failed too, for want of this one
+        str(rank)
+        for rank, failure in sorted(getattr(error, "worker_failures", {}).items())
+        if any(isinstance(cause, ends_of_a_process) for cause in _causes(failure))
+    ]
+    if isinstance(error, WorkerGroupError) and lost:
         return TrainingStopped(
-            f"worker {lost} was lost, and launch.max_failures is used up; look for its end (out of memory?) in the "
+            f"worker {', '.join(lost)} was lost, and launch.max_failures is used up; look for its end (out of memory?) in the "
             "logs of its node; the same command goes on from the last whole epoch"
         )
     return None
@@ -308,6 +313,7 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
         seen.add(id(current))
         yield current
         waiting += [current.__cause__, current.__context__, getattr(current, "cause", None)]
+        waiting += [getattr(current, "health_check_failure", None)]
         waiting += list(getattr(current, "worker_failures", {}).values())
 
 

@@ -4,6 +4,7 @@ python -m tests.driver CONFIG [lose-a-node [replace-it]]
 """
 
 import os
+import socket
 import sys
 import threading
 import time
@@ -43,7 +44,10 @@ def on_two_nodes(config: TrainConfig, *, replaced: bool) -> int:
     from ray.cluster_utils import Cluster
 
     room = {"num_cpus": 1, "object_store_memory": 10**8}
-    cluster = Cluster(initialize_head=True, head_node_args={**room, "include_dashboard": True})
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    dashboard = {"include_dashboard": True, "dashboard_port": port}
+    cluster = Cluster(initialize_head=True, head_node_args={**room, **dashboard})
     second = cluster.add_node(**room)
     ray.init(address=cluster.address, logging_level="WARNING")
     outcome: list[BaseException | None] = []

@@ -166,6 +166,19 @@ def test_more_lost_workers_than_allowed_is_said(ray_cluster: None, ct: Path, unb
     assert_same(run_training(config), unbroken)
 
 
+def test_a_lost_worker_is_told_though_the_others_failed_for_want_of_it(tmp_path: Path):
+    from ray.exceptions import ActorDiedError
+    from ray.train import WorkerGroupError
+    from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
+
+    lost = WorkerHealthCheckFailedError("a health check failed", ActorDiedError())
+    gloo = RuntimeError("Read error: Connection reset by peer")
+    told = launch._explained(WorkerGroupError("failed", {0: gloo, 1: lost}), tmp_path)
+    assert isinstance(told, TrainingStopped)
+    assert "worker 1 was lost" in str(told)
+    assert launch._explained(WorkerGroupError("failed", {0: gloo}), tmp_path) is None
+
+
 @pytest.mark.chaos
 @pytest.mark.ray
 @pytest.mark.parametrize("damage", ["torn", "flipped", "swapped", "all"])
