@@ -296,8 +296,8 @@ def _explained(error: Exception, run_dir: Path) -> Mp3dError | None:
     ]
     if isinstance(error, WorkerGroupError) and lost:
         return TrainingStopped(
-            f"worker {', '.join(lost)} was lost, and launch.max_failures is used up; look for its end (out of memory?) in the "
-            "logs of its node; the same command goes on from the last whole epoch"
+            f"worker {', '.join(lost)} was lost, and launch.max_failures is used up; look for its end (out of "
+            "memory?) in the logs of its node; the same command goes on from the last whole epoch"
         )
     return None
 
