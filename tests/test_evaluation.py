@@ -152,6 +152,8 @@ def test_evaluation_of_results():
     assert evaluation.froc.mean_sensitivity == pytest.approx(2 / 3)
     assert evaluation.ap50 == pytest.approx(67 / 101)
     assert evaluation.coco_ap <= evaluation.ap50
+    low, high = evaluation.coco_ap_interval
+    assert 0 <= low <= evaluation.coco_ap <= high <= 1
     assert evaluation.protocol == MP3D_PORT
     assert evaluation.num_patients == 2
     assert evaluation.comparisons["blind"].froc.mean_sensitivity == 0
@@ -299,7 +301,16 @@ def test_predictions_are_judged_again_without_the_checkpoint(slab_run: EvaluateC
     again = EvaluateConfig(predictions=file, compare=file, out=str(tmp_path / "again"), runner="local")
     assert evaluate(again, dry_run=False) == 0
     first, second = (json.loads((Path(of) / "metrics.json").read_text()) for of in (slab_run.out, again.out))
-    for name in ("froc", "protocols", "ap50", "ap50_interval", "strata", "calibration", "operating_points"):
+    for name in (
+        "froc",
+        "protocols",
+        "ap50",
+        "ap50_interval",
+        "ap50_95_interval",
+        "strata",
+        "calibration",
+        "operating_points",
+    ):
         assert second[name] == first[name]
     (comparison,) = second["comparisons"].values()
     assert (comparison["difference"], comparison["p_value"]) == (0, 1)
