@@ -114,10 +114,8 @@ def check_patient_level(level: int | None, depths: Sequence[int]) -> None:
     if not depths:
         return
     lowest, deepest = min(depths), max(depths)
-    place = (
-        f"{lowest} to {deepest} folders" if lowest < deepest else "1 folder" if deepest == 1 else f"{deepest} folders"
-    )
-    place += " below the root"
+    many = f"{lowest} to {deepest}" if lowest < deepest else f"{deepest}"
+    place = f"{many} folder{'' if many == '1' else 's'} below the root"
     if level is None and deepest > 1:
         rule = "say which of these folders names the patient"
         raise ConfigError(f"the images lie {place}; {rule} with --patient-level, 1 being the topmost")
