@@ -16,7 +16,7 @@ import json
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from pkgutil import resolve_name
@@ -30,7 +30,7 @@ from mp3d.data.id_key import id_key_path, load_id_key
 from mp3d.data.part import ITEM_TIMEOUT_S
 from mp3d.data.prepare import PrepareResult, prepare
 from mp3d.data.source import Source
-from mp3d.data.splits import SPLITS, assign_splits
+from mp3d.data.splits import SPLITS, SplitFractions, assign_splits
 from mp3d.errors import ConfigError, DataError
 from mp3d.launch import connect_ray
 
@@ -99,6 +99,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         progress=Progress(),
     )
     print_result(result, source)
+    print_empty_splits(result, source, splits, options.split_fractions)
     if options.report:
         report(out, [_absolute(other) for other in options.compare])
     elif not result.already_prepared:
@@ -187,6 +188,25 @@ def print_result(result: PrepareResult, source: Source) -> None:
         print(f"refused: {len(result.rejects) - SHOWN_REJECTS} more; reasons are in manifest.json")
     if result.private:
         print(f"names of all that was refused: {result.private}")
+
+
+def print_empty_splits(
+    result: PrepareResult, source: Source, splits: Mapping[str, str], fractions: SplitFractions
+) -> None:
+    """A note on the splits that were to get a share of the patients and hold none."""
+    drawn = {item.patient for item in source.items if item.split is None}
+    empty = [split for split, share in zip(SPLITS, fractions, strict=True) if share > 0 and split not in result.counts]
+    if not (drawn and empty):
+        return
+    unit = "picture" if source.items[0].members else "patient"
+    refused = [split for split in empty if split in splits.values()]
+    missed = [split for split in empty if split not in refused]
+    if refused:
+        print(f"note: {' and '.join(refused)} stayed empty: every {unit} that fell into it was refused")
+    if missed:
+        told = f"only 1 {unit} is" if len(drawn) == 1 else f"only {len(drawn)} {unit}s are"
+        advice = "see the column split of the readers in README.md, or give other --split-fractions"
+        print(f"note: no {unit} fell into {' and '.join(missed)}: {told} told apart; {advice}")
 
 
 def report(out: Path, compare: Sequence[Path]) -> None:

@@ -265,6 +265,12 @@ def test_what_is_not_there_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         read_coco(tmp_path, pictures_per_item=0)
     with pytest.raises(DataError, match="no picture of instances_train2017.json"):
         read_coco(tmp_path, path, tmp_path / "annotations")
+    content = json.loads(path.read_text())
+    for image in content["images"]:
+        image["file_name"] = image["file_name"].replace(".jpg", ".png")
+    (tmp_path / "instances_png.json").write_text(json.dumps(content))
+    with pytest.raises(DataError, match="only JPEG is read"):
+        read_coco(tmp_path, tmp_path / "instances_png.json", tmp_path / "train2017")
     write_pair(tmp_path, [], "val2017", categories=[{"id": 1, "name": "dog"}])
     with pytest.raises(DataError, match="category 1 is 'dog', elsewhere 'person'"):
         read_coco(tmp_path)

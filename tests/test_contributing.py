@@ -13,6 +13,7 @@ import SimpleITK as sitk
 from jobs import prepare as job
 from mp3d.data.prepare import prepare
 from mp3d.data.shard import decode_image, decode_truth, open_shards
+from mp3d.errors import Refusal
 from tests.reader_contract import check_reader
 from tests.reader_worlds import World
 from tests.tiny import ID_KEY
@@ -78,13 +79,72 @@ def test_the_printed_reader_keeps_to_the_contract(reader: ModuleType, root: Path
     check_reader(reader.read_mha, world, root, monkeypatch)
 
 
-def test_an_oblique_volume_keeps_its_place(reader: ModuleType, root: Path):
+@pytest.mark.parametrize(
+    "direction",
+    [
+        (1, 0, 0, 0, 1, 0, 0, 0, -1),
+        (-1, 0, 0, 0, -1, 0, 0, 0, 1),
+        (0, 1, 0, 1, 0, 0, 0, 0, 1),
+        (0.6, -0.8, 0, 0.8, 0.6, 0, 0, 0, 1),
+        (0.8, -0.6, 0, 0.6, 0.8, 0, 0, 0, -1),
+    ],
+)
+def test_voxels_and_boxes_keep_their_place_however_the_file_lies(
+    reader: ModuleType, root: Path, tmp_path: Path, direction: tuple[float, ...]
+):
+    """Voxels are found at their millimetres, and boxes of whole pixels enclose the same voxels as in the file."""
     image = sitk.ReadImage(str(root / "0.mha"))
-    image.SetDirection((0.6, -0.8, 0, 0.8, 0.6, 0, 0, 0, 1))
+    image.SetDirection(direction)
     sitk.WriteImage(image, str(root / "0.mha"))
     series = reader.read_mha(root).items[0].load()
-    for index in ((0, 0, 0), (3, 0, 0), (2, 5, 4)):
-        assert (series.volume.affine @ [*index, 1])[:3] == pytest.approx(image.TransformIndexToPhysicalPoint(index))
+    hu, affine = series.volume.hu, series.volume.affine
+    for x, y, z in ((0, 0, 0), (3, 0, 0), (2, 5, 4)):
+        place = np.linalg.solve(affine, [*image.TransformIndexToPhysicalPoint((x, y, z)), 1]).round().astype(int)
+        assert hu[tuple(place[2::-1])] == volume(0)[z, y, x]
+        assert (affine @ place)[:3] == pytest.approx(image.TransformIndexToPhysicalPoint((x, y, z)))
+    found = [
+        np.sort(hu[z, int(y1) : int(y2), int(x1) : int(x2)].ravel()).tolist()
+        for z, truth in enumerate(series.truths)
+        for x1, y1, x2, y2 in truth.boxes
+        if all(float(edge).is_integer() for edge in (x1, y1, x2, y2))
+    ]
+    assert len(found) == 2
+    assert np.sort(volume(0)[1, 3:8, 2:6].ravel()).tolist() in found
+    assert np.sort(volume(0)[3, 1:4, 1:4].ravel()).tolist() in found
+    assert [len(truth.boxes) for truth in series.truths] == ([0, 1, 0, 2, 0] if direction[-1] < 0 else [0, 2, 0, 1, 0])
+    result = prepare(reader.read_mha(root), tmp_path / "shards", id_key=ID_KEY, runner="local")
+    assert [reject.reason for _, reject in result.rejects] == ["BAD_IMAGE"]
+
+
+@pytest.mark.parametrize(("value", "reason"), [(np.nan, "BAD_IMAGE"), (40000, None), (-1e9, None)])
+def test_values_that_int16_does_not_hold(reader: ModuleType, root: Path, value: float, reason: str | None):
+    values = volume(0).astype(np.float32)
+    values[2, 3, 4] = value
+    sitk.WriteImage(sitk.GetImageFromArray(values), str(root / "0.mha"))
+    item = reader.read_mha(root).items[0]
+    if reason:
+        with pytest.raises(Refusal, match=f"{reason}.*slice 3 of 5"):
+            item.load()
+        return
+    series = item.load()
+    assert series.volume.hu[2, 3, 4] == np.clip(value, -32768, 32767)
+    assert series.warnings == ("HU_CLIPPED",)
+
+
+@pytest.mark.parametrize("number", ["5", "-1", "1.5", "nan"])
+def test_a_box_on_no_slice_is_not_lost(reader: ModuleType, root: Path, number: str):
+    table = root / "boxes.csv"
+    table.write_text(table.read_text() + f"0.mha,patient 0,{number},1,1,4,4\n")
+    with pytest.raises(Refusal, match=f"BOX_OFF_SLICE.*on slice {number},"):
+        reader.read_mha(root).items[0].load()
+
+
+def test_a_sagittal_file_has_no_axial_slice_with_a_box(reader: ModuleType, root: Path):
+    image = sitk.ReadImage(str(root / "0.mha"))
+    image.SetDirection((0, 0, 1, 1, 0, 0, 0, 1, 0))
+    sitk.WriteImage(image, str(root / "0.mha"))
+    with pytest.raises(Refusal, match="BOX_OFF_SLICE"):
+        reader.read_mha(root).items[0].load()
 
 
 def test_the_printed_command_is_one(reader: ModuleType, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

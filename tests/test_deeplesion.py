@@ -10,6 +10,7 @@ from PIL import Image
 from mp3d.config import ClipConfig
 from mp3d.data.clips import window_positions
 from mp3d.data.deeplesion import read_deeplesion
+from mp3d.data.deeplesion_3d import read_deeplesion_3d
 from mp3d.data.deeplesion_images import consecutive_runs
 from mp3d.data.prepare import prepare
 from mp3d.data.reasons import REASONS, WARNINGS
@@ -91,7 +92,7 @@ def root(tmp_path) -> Path:
             lesion("000001_01_01", 121, Spacing_mm_px_="0.8, 0.7, 1"),
             lesion("000001_01_01", 200),
             lesion("000002_03_01", 2, Train_Val_Test="3"),
-            lesion("000007_01_01", 5),
+            lesion("000007_01_01", 5, Train_Val_Test="3"),
         ],
     )
     return tmp_path
@@ -121,8 +122,15 @@ def test_each_run_of_slices_is_an_item(root):
         ("000002_03_01/001-003", "000002", "test"),
     ]
     assert source.class_names == ("lesion",)
-    assert source.notes == ("2 rows of the table without their image, not used",)
+    assert source.notes == ("boxes without their image, not used: train 1, test 1",)
     assert source.refused == ()
+
+
+def test_a_root_that_is_no_folder(tmp_path):
+    with pytest.raises(DataError, match="none is no folder; give the folder that holds the data set"):
+        read_deeplesion(tmp_path / "none")
+    with pytest.raises(DataError, match="none is no folder; give the folder that holds the data set"):
+        read_deeplesion_3d(tmp_path / "none")
 
 
 def test_hounsfield_units_and_place(root):

@@ -152,7 +152,7 @@ def test_a_row_that_cannot_be_used_refuses_its_series(tmp_path: Path, wrong: str
 @pytest.mark.parametrize(
     ("wrong", "told"),
     [
-        (row(9), "line 3 .*names no slice"),
+        (row(9), "line 3 .*names a SOPInstanceUID that is no slice of its series"),
         (
             row("", z_mm="-203.5"),
             "line 3 .*z_mm -203.5, where no slice is; they lie from -204.5 to -192 mm, 2.5 mm apart",

@@ -9,8 +9,11 @@ import pytest
 from jobs import prepare as job
 from mp3d import cli
 from mp3d.data import READERS
+from mp3d.data.splits import assign_splits
+from mp3d.data.volumes import read_volumes
 from tests.test_passport import made_series, made_shards
 from tests.test_pictures import write
+from tests.test_volumes import VOLUME, image_of, write_case
 
 
 @pytest.fixture
@@ -122,6 +125,30 @@ def test_dry_run_prints_the_plan_and_writes_nothing(pictures, capsys):
     assert "train 6 pictures, val 0 pictures, test 0 pictures" in said
     assert f"1 parts into {pictures / 'out'}" in said
     assert sorted(pictures.iterdir()) == before
+
+
+def test_a_split_that_stayed_empty_is_told(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MP3D_ROOT", raising=False)
+    for number in range(3):
+        write_case(tmp_path / "in" / f"patient {number}", image_of(VOLUME.hu), image_of(VOLUME.hu * 0))
+    options = ["volumes", "--root"]
+    assert call(*options, "in") == 0
+    assert "note: no" not in capsys.readouterr().out
+    assert call("--out", "one", *options, "in/patient 0") == 0
+    assert "no patient fell into val and test: only 1 patient is told apart; see" in capsys.readouterr().out
+    assert call("--out", "all", "--split-fractions", "1", "0", "0", *options, "in/patient 0") == 0
+    assert "note: no" not in capsys.readouterr().out
+    splits = assign_splits(read_volumes(tmp_path / "in").items, (0.7, 0.15, 0.15), 0)
+    (patient,) = [patient for patient, split in splits.items() if split == "val"]
+    (tmp_path / "in" / patient / "CT_image.nii.gz").write_bytes(b"broken")
+    assert call("--out", "broken", *options, "in") == 5
+    assert "note: val stayed empty: every patient that fell into it was refused" in capsys.readouterr().out
+
+
+def test_official_splits_without_one_are_no_news(pictures, capsys):
+    assert call("pictures", "--root", "in") == 0
+    assert "note: no" not in capsys.readouterr().out
 
 
 def test_another_plan_and_missing_data_have_their_exit_codes(pictures, capsys):

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from matplotlib.figure import Figure
 from matplotlib.legend import Legend
 
 from mp3d.data.intensity import Intensities, sample_intensities
@@ -243,6 +244,19 @@ class TestPage:
 
         monkeypatch.setattr(Legend, "_find_best_position", search)
         write_passport(three_patients(tmp_path / "s"))
+
+    def test_no_legend_covers_a_panel(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+        drawn: list[Figure] = []
+        monkeypatch.setattr("mp3d.report.passport_figures.png_bytes", lambda figure: drawn.append(figure) or b"")
+        write_passport(three_patients(tmp_path / "s"))
+        histograms = [figure for figure in drawn if figure.legends]
+        assert len(histograms) == 3  # the fourth figure has curves, all of which begin at the top
+        for figure in histograms:
+            figure.draw_without_rendering()
+            (legend,) = figure.legends
+            assert [text.get_text() for text in legend.get_texts()] == ["train", "val"]
+            assert not any(legend.get_window_extent().overlaps(axes.get_window_extent()) for axes in figure.axes)
+            assert all(axes.get_legend() is None for axes in figure.axes)
 
     def test_of_pictures(self, tmp_path: Path):
         passport = write_passport(picture_shards(tmp_path / "pictures"))

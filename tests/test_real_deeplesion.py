@@ -31,7 +31,7 @@ def test_two_volumes_of_the_official_test_split():
         ("000001_01_01/103-115", "test"),
         ("000001_02_01/008-023", "test"),
     ]
-    assert source.notes == ("10749 rows of the table without their image, not used",)
+    assert source.notes == ("boxes without their image, not used: train 936, val 4889, test 4924",)
     first, second = map(load, source.items)
     assert first.volume.hu.shape == (13, 512, 512)
     assert (first.volume.hu.min(), first.volume.hu.max()) == (-3024, 1383)

@@ -150,6 +150,14 @@ def test_pixels_that_are_not_int16_are_not_stored():
         series_rows(wide, "train", ORIGIN)
 
 
+@pytest.mark.parametrize("signs", [(1, 1, -1), (-1, 1, 1), (-1, -1, -1), (1, 1, 0)])
+def test_slices_that_do_not_ascend_along_the_normal_are_not_stored(signs):
+    series = make_series()
+    turned = replace(series, volume=replace(series.volume, affine=AFFINE @ np.diag([*signs, 1.0])))
+    with pytest.raises(ValueError, match="above 0"):
+        series_rows(turned, "train", ORIGIN)
+
+
 def test_row_groups_hold_one_series_and_nine_slices_touch_two(tmp_path, monkeypatch):
     monkeypatch.setattr(part_file_module, "ROW_GROUP_BYTES", 1)  # the smallest row groups there are
     shards = write_set(tmp_path, make_series("a", 20), make_series("bb", 9), make_series("ccc", 30))

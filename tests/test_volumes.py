@@ -11,7 +11,7 @@ import SimpleITK as sitk
 
 from mp3d.data.series import CTSeries, Volume
 from mp3d.data.volumes import load_image, read_volumes
-from mp3d.errors import ConfigError, Refusal
+from mp3d.errors import ConfigError, DataError, Refusal
 from tests.dicom_files import made_volume, random_orientation
 
 VOLUME = made_volume(shape=(5, 6, 9))
@@ -114,6 +114,44 @@ def test_folders_without_exactly_one_pair_are_refused(tmp_path: Path) -> None:
         ("two_images/CT_image.nii.gz", "MISSING_MASK"),
         ("two_images/CT_image2.nii.gz", "MISSING_MASK"),
     ]
+
+
+def test_a_patient_with_two_studies_is_one(tmp_path: Path) -> None:
+    for number in (1, 2):
+        write_case(tmp_path / "a" / f"study{number}", image_of(VOLUME.hu), image_of(lesions()))
+    write_case(tmp_path / "b" / "study1" / "CT", image_of(VOLUME.hu), image_of(lesions()))
+    with pytest.raises(ConfigError, match="lie 2 to 3 folders below the root.*--patient-level"):
+        read_volumes(tmp_path)
+    with pytest.raises(ConfigError, match="lie 2 folders below"):
+        read_volumes(tmp_path / "b")
+    source = read_volumes(tmp_path, patient_level=1, class_names=("a", "b"))
+    assert [item.patient for item in source.items] == ["a", "a", "b"]
+    loaded = [item.load() for item in source.items]
+    assert [(series.patient, series.study) for series in loaded if isinstance(series, CTSeries)] == [
+        ("a", "a/study1"),
+        ("a", "a/study2"),
+        ("b", "b/study1/CT"),
+    ]
+    assert [item.patient for item in read_volumes(tmp_path, patient_level=2).items] == ["study1", "study2", "study1"]
+    for level in (0, -1, 3):
+        with pytest.raises(ConfigError, match=f"patient_level is {level}, .* it must be 1 to 2"):
+            read_volumes(tmp_path, patient_level=level)
+
+
+def test_a_folder_for_each_patient_needs_no_level(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        write_case(tmp_path / name, image_of(VOLUME.hu), image_of(lesions()))
+    assert [item.patient for item in read_volumes(tmp_path).items] == ["a", "b"]
+    assert [item.patient for item in read_volumes(tmp_path, patient_level=1).items] == ["a", "b"]
+    assert [item.patient for item in read_volumes(tmp_path / "a").items] == ["a"]
+    with pytest.raises(ConfigError, match="patient_level is 1, and the images lie 0 folders below.*leave it out"):
+        read_volumes(tmp_path / "a", patient_level=1)
+
+
+def test_no_image_is_told_with_the_names_looked_for(tmp_path: Path) -> None:
+    sitk.WriteImage(image_of(VOLUME.hu), tmp_path / "scan.nii.gz")
+    with pytest.raises(DataError, match=r"'CT_image\.nii\.gz'; .*--image, .*'CT_mask\.nii\.gz'.*--mask"):
+        read_volumes(tmp_path)
 
 
 def refused(path: Path) -> str:
@@ -237,10 +275,25 @@ def test_values_that_are_not_finite(tmp_path: Path) -> None:
     assert refused(write_case(tmp_path, image_of(values))) == "BAD_IMAGE"
 
 
+@pytest.mark.parametrize("width", [1, 9.5])
+def test_normalised_values_are_no_hu(tmp_path: Path, width: float) -> None:
+    values = (VOLUME.hu - VOLUME.hu.min()) / np.float32(np.ptp(VOLUME.hu)) * width - 1
+    assert refused(write_case(tmp_path / "float", image_of(values.astype(np.float32)))) == "NOT_HU"
+    whole = np.arange(VOLUME.hu.size, dtype=np.int16).reshape(VOLUME.hu.shape)
+    scaled = patched(write_case(tmp_path / "scaled", image_of(whole)), 112, struct.pack("<2f", 1 / VOLUME.hu.size, 0))
+    assert refused(scaled) == "NOT_HU"
+
+
+def test_a_small_range_of_whole_numbers_may_be_hu(tmp_path: Path) -> None:
+    load_image(write_case(tmp_path, image_of(np.full_like(VOLUME.hu, -1000))))
+
+
 def test_spacing_and_number_of_slices(tmp_path: Path) -> None:
     wide = Volume(VOLUME.hu, VOLUME.affine @ np.diag([20, 20, 1, 1]))
     assert refused(write_case(tmp_path, image_of(wide.hu, wide.affine))) == "BAD_SPACING"
     assert refused(write_case(tmp_path, image_of(VOLUME.hu[:2]))) == "TOO_FEW_SLICES"
+    with pytest.raises(Refusal, match="the image has 1 slice, at least"):
+        load_image(write_case(tmp_path, image_of(VOLUME.hu[:1])))
 
 
 def test_damaged_file(tmp_path: Path) -> None:
@@ -267,6 +320,22 @@ def test_bad_masks(tmp_path: Path, mask: sitk.Image, reason: str) -> None:
     with pytest.raises(Refusal) as caught:
         item.load()
     assert caught.value.reason == reason
+
+
+@pytest.mark.parametrize(
+    ("values", "detail"),
+    [
+        ((0, 255), "holds 255 for its one class; write 1 instead of 255"),
+        ((0, 0.5), "holds 0.5 for its one class; write 1 instead of 0.5"),
+        ((1, 255), "holds 255, but its one class is 1; name its classes"),
+        ((0, np.nan), "holds nan, but its one class is 1; name its classes"),
+    ],
+)
+def test_a_mask_of_one_class_with_another_value(tmp_path: Path, values: tuple[float, float], detail: str) -> None:
+    mask = np.where(lesions() > 0, values[1], values[0]).astype(np.float32)
+    write_case(tmp_path / "p1", image_of(VOLUME.hu), image_of(mask))
+    with pytest.raises(Refusal, match=detail):
+        read_volumes(tmp_path).items[0].load()
 
 
 def test_bad_arguments(tmp_path: Path) -> None:

@@ -30,6 +30,10 @@ def window_positions(
 ) -> Float[np.ndarray, "d"]:
     """Where the slices of the clip around a key slice lie, in (fractional) slice numbers of the series.
 
+    Beyond an end of the series all neighbours are its outermost slice. That holds at a missing slice of DeepLesion too,
+    where the run, which is the series here, is cut; the authors step towards the key slice for the missing neighbour
+    only, and take those behind the gap as they are.
+
     Args:
         key: number of the key slice, 0..num_source-1.
         num_source: slices in the series.

@@ -25,6 +25,7 @@ from mp3d.errors import DataError
 
 READER = "coco/1"
 PREFIX = "instances_"
+NO_JPEG = "pictures of the JSON are no .jpg or .jpeg, not used"
 MAX_CLASSES = 254
 """The stored mask has a byte per pixel, of which 255 means that the class is not known."""
 
@@ -76,7 +77,12 @@ def read_coco(
         marks = _all_marks(folder, base, instances, labels, masks, counts)
         items += picture_items(base, split, marks, pictures_per_item)
     if not items:
-        raise DataError(f"no picture of {', '.join(path.name for path, _ in pairs)} is there; see --images")
+        detail = f"no picture of {', '.join(path.name for path, _ in pairs)} is there"
+        if others := counts[NO_JPEG]:
+            raise DataError(
+                f"{detail} as JPEG, {others} have another name; only JPEG is read (.jpg, .jpeg): convert them"
+            )
+        raise DataError(f"{detail}; see --images")
     return Source(
         dataset=dataset,
         reader=READER,
@@ -128,7 +134,7 @@ def _all_marks(
         elif PurePosixPath(picture.name).suffix.lower() in SUFFIXES:
             counts["pictures of the JSON without their file, not used"] += 1
         else:
-            counts["pictures of the JSON are no .jpg or .jpeg, not used"] += 1
+            counts[NO_JPEG] += 1
     counts["pictures in the folders, but not in the JSON, not used"] += len(
         there - {picture.name for picture in instances.pictures}
     )

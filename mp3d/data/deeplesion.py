@@ -2,7 +2,9 @@
 
 A folder ``Images_png/<patient>_<study>_<series>`` holds the slices around its key slices, often as several runs with
 gaps between; each run is an item of its own. About half of the lesions were marked, and only on key slices: of every
-other slice nothing is known.
+other slice nothing is known. A run is cut at a missing slice: neighbours of a key slice beyond the gap are all the last
+slice before it. The authors' loader (``image_io_3DCE.py``) steps towards the key slice for the missing neighbour only,
+and takes those behind the gap as they are.
 """
 
 import math
@@ -17,8 +19,10 @@ from jaxtyping import Float, Int16
 
 from mp3d.data.deeplesion_images import SliceListing, SliceRun, list_slices, read_run
 from mp3d.data.deeplesion_table import Lesion, read_table
+from mp3d.data.files import check_folder
 from mp3d.data.series import CTSeries, Truth, Volume
 from mp3d.data.source import Item, Source
+from mp3d.data.splits import SPLITS
 from mp3d.errors import DataError, Refusal
 
 READER = "deeplesion/2"
@@ -37,6 +41,10 @@ def read_deeplesion(
     patient: the affine takes columns for +x, rows for +y and slice numbers for +z of LPS, with the origin at slice 0,
     so that distances are right, but directions and places in the body are not.
 
+    Consecutive slices are a series: a folder is cut where a slice is missing, and in a clip around a key slice all
+    neighbours beyond the gap are the last slice before it. The authors step towards the key slice for the missing
+    neighbour only.
+
     Where the table gives no slice interval (not finite, or not above 0) neighbours cannot be placed: each key slice of
     the run is a series of one slice, as in 3DCE (``image_io_3DCE.py``), and the other slices are not used.
 
@@ -48,14 +56,16 @@ def read_deeplesion(
         keep_noisy: keep the boxes that are marked as possibly noisy, as the MP3D paper does.
 
     Raises:
-        DataError: no table, no images, or a table that cannot be read or contradicts itself.
+        DataError: the root is no folder; no table, no images, or a table that cannot be read or contradicts itself.
     """
+    check_folder(root)
     annotations = annotations or only_table(root)
     listing = list_slices(root, images)
     lesions = lesions_by_series(annotations)
     items: list[Item] = []
     refused = list(listing.refused)
     counts: Counter[str] = Counter()
+    without_image: Counter[str] = Counter()
     for series in sorted(lesions.keys() | listing.places.keys()):
         if series not in lesions:
             counts["series folders without a row in the table, so without spacing and split, not used"] += 1
@@ -64,9 +74,7 @@ def read_deeplesion(
         if len(splits) > 1:
             raise DataError(f"{annotations} puts {series} into {' and '.join(splits)}; a series is in one split")
         there = listing.places.get(series, {})
-        counts["rows of the table without their image, not used"] += sum(
-            lesion.slice_number not in there for lesion in lesions[series]
-        )
+        without_image[splits[0]] += sum(lesion.slice_number not in there for lesion in lesions[series])
         for run in listing.runs(series):
             key = f"{series}/{run.name}"
             try:
@@ -94,7 +102,7 @@ def read_deeplesion(
         items=tuple(items),
         refused=tuple(refused),
         options={"keep_noisy": keep_noisy, "annotations_sha256": sha256(annotations.read_bytes()).hexdigest()},
-        notes=notes(counts, listing),
+        notes=(*_without_image(without_image), *notes(counts, listing)),
     )
 
 
@@ -172,6 +180,12 @@ def notes(counts: Counter[str], listing: SliceListing) -> tuple[str, ...]:
     """A line for everything that was counted."""
     told = counts + Counter({"slices that lie in two places, read from the first": listing.num_twice})
     return tuple(f"{count} {what}" for what, count in sorted(told.items()))
+
+
+def _without_image(counts: Counter[str]) -> tuple[str, ...]:
+    """A line that counts the boxes without image of each split, where there are any."""
+    by_split = ", ".join(f"{split} {counts[split]}" for split in SPLITS if counts[split])
+    return (f"boxes without their image, not used: {by_split}",) if by_split else ()
 
 
 def run_spacing(lesions: Sequence[Lesion], run: SliceRun) -> tuple[float, float, float]:

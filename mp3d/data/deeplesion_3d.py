@@ -19,6 +19,7 @@ import numpy as np
 from mp3d.data.deeplesion import clip_box, lesions_by_series, notes, only_table, run_spacing, series_of_run
 from mp3d.data.deeplesion_images import SliceRun, list_slices, read_run
 from mp3d.data.deeplesion_table import SERIES_FOLDER
+from mp3d.data.files import check_folder
 from mp3d.data.series import CTSeries, Truth
 from mp3d.data.source import Item, Source
 from mp3d.data.splits import SPLITS
@@ -65,8 +66,9 @@ def read_deeplesion_3d(
             were searched and hold nothing, as the authors' evaluation takes them.
 
     Raises:
-        DataError: no table, boxes or images, or one that cannot be read or contradicts itself.
+        DataError: the root is no folder; no table, boxes or images, or one that cannot be read or contradicts itself.
     """
+    check_folder(root)
     annotations, boxes = annotations or only_table(root), boxes or root / BOXES
     sub_volumes = read_boxes(boxes)
     listing = list_slices(root, images)

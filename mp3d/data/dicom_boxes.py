@@ -109,7 +109,9 @@ def _slice_of(row: BoxRow, volume: Volume, stored: Sequence[StoredSlice]) -> int
         there = [z for z, image in enumerate(stored) if image.sop_instance_uid == row.sop_instance_uid]
         if len(there) == 1:
             return there[0]
-        detail = "no slice" if not there else f"{len(there)} frames of one image; give z_mm and no SOPInstanceUID"
+        detail = "a SOPInstanceUID that is no slice of its series; mend it"
+        if there:
+            detail = f"{len(there)} frames of one image; give z_mm and no SOPInstanceUID"
         raise Refusal("BOX_OFF_SLICE", f"line {row.line} of the table of boxes names {detail}")
     step_mm = float(volume.affine[2, 2])
     along_z = abs(step_mm) > volume.spacing_mm[0] / 2  # elsewhere one z_mm lies on many slices

@@ -7,6 +7,12 @@ from pathlib import Path
 from mp3d.errors import DataError
 
 
+def check_folder(root: Path) -> None:
+    """Raises DataError where the root of a data set is no folder."""
+    if not root.is_dir():
+        raise DataError(f"{root} is no folder; give the folder that holds the data set")
+
+
 def walk(root: Path) -> Iterator[Path]:
     """Every file under a folder in sorted order; linked folders are followed, each real folder is entered once.
 
@@ -16,8 +22,7 @@ def walk(root: Path) -> Iterator[Path]:
     Raises:
         DataError: the root is no folder.
     """
-    if not root.is_dir():
-        raise DataError(f"{root} is no folder; give the folder that holds the data set")
+    check_folder(root)
     seen: set[tuple[int, int]] = set()
     waiting = [root]
     while waiting:

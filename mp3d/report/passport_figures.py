@@ -30,6 +30,7 @@ def draw_geometry(surveys: Mapping[str, SplitSurvey]) -> bytes:
     _histograms(inside, {split: of.spacing_mm[:, 1] for split, of in surveys.items()}, "Spacing of rows, mm")
     _histograms(slices, {split: of.slices_per_series for split, of in surveys.items()}, "Slices in a series")
     across.set_ylabel("Share of series", color=INK)
+    _legend_above(figure)
     return png_bytes(figure)
 
 
@@ -48,7 +49,7 @@ def draw_intensities(intensities: Mapping[str, Intensities]) -> bytes:
         axes.set_yscale("log" if of.unit == "HU" else "linear")
     axes.minorticks_off()
     axes.set_ylabel("Share of the pixels", color=INK)
-    axes.legend(frameon=False, labelcolor=INK, loc="upper right")
+    _legend_above(figure)
     return png_bytes(figure)
 
 
@@ -58,6 +59,7 @@ def draw_boxes(sizes: Mapping[str, np.ndarray], ratios: Mapping[str, np.ndarray]
     _histograms(size, sizes, f"Square root of the area, {unit}", logarithmic=True)
     _histograms(ratio, ratios, "Height over width", logarithmic=True)
     size.set_ylabel("Share of boxes", color=INK)
+    _legend_above(figure)
     return png_bytes(figure)
 
 
@@ -111,7 +113,17 @@ def _histograms(axes: Axes, values: Mapping[str, np.ndarray], title: str, *, log
         axes.minorticks_off()
     axes.set_ylim(0)
     axes.set_xlabel(title, color=INK)
-    axes.legend(frameon=False, labelcolor=INK, fontsize=9, loc="upper right")
+
+
+def _legend_above(figure: Figure) -> None:
+    """One legend for all panels, outside of them, where it covers nothing."""
+    handles = {
+        text: handle for axes in figure.axes for handle, text in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(
+        list(handles.values()), list(handles), loc="outside upper right", ncols=len(SPLIT_LOOKS), frameon=False,
+        labelcolor=INK, fontsize=9,
+    )  # fmt: skip
 
 
 def _edges(values: Iterable[np.ndarray], logarithmic: bool) -> np.ndarray:

@@ -63,14 +63,17 @@ def series_rows(series: CTSeries, split: str, origin: Origin) -> list[Row]:
     """The rows of a CT series, slices in ascending order; images are views of the volume where that is contiguous.
 
     Raises:
-        ValueError: no slices, pixels that are not int16, an affine that is not finite or has no extent, or a truth that
-            does not fit its slice.
+        ValueError: no slices, pixels that are not int16, an affine that is not finite, has no extent or mirrors, or a
+            truth that does not fit its slice.
     """
     volume = series.volume
     if volume.hu.ndim != 3 or 0 in volume.hu.shape or volume.hu.dtype != np.int16:
         raise ValueError(f"pixels are {volume.hu.dtype} {volume.hu.shape}; they must be int16 (d, h, w), each above 0")
     if not np.isfinite(volume.affine).all() or min(volume.spacing_mm) <= 0:
         raise ValueError(f"spacing (z, y, x) is {volume.spacing_mm} mm; it must be above 0, and the affine finite")
+    if (determinant := float(np.linalg.det(volume.affine[:3, :3]))) <= 0:
+        rule = "it must be above 0: slices ascend along the normal, which is the axis of columns x that of rows"
+        raise ValueError(f"the determinant of the affine is {determinant:g}; {rule}; turn the volume")
     hu = np.ascontiguousarray(volume.hu, dtype="<i2")
     common = {
         **_identity(series.patient, series.study, series.series, split, origin),
