@@ -73,11 +73,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def pipeline(plan: Plan, out: Path, *, cpus: int) -> Path:
     """Run every step, and return where the report is."""
     pictures, ct, runs = out / "shards" / "pictures", out / "shards" / "ct", out / "runs"
-    by_patient = ("--patient-level", 1) if plan.ct_reader == "volumes" else ()
     job("prepare", "--out", pictures, "pictures", "--root", plan.pictures)
     job(
         "prepare", "--out", ct, "--items-per-part", 4, "--split-fractions", *plan.split_fractions,
-        plan.ct_reader, "--root", plan.ct, *by_patient,
+        plan.ct_reader, "--root", plan.ct,
     )  # fmt: skip
     where = ("--launch.storage-path", runs, "--launch.cpus-per-worker", cpus)
     pretrain, finetune = f"{plan.recipes}_pretrain", f"{plan.recipes}_finetune"

@@ -122,8 +122,7 @@ def test_a_patient_with_two_studies_is_one(tmp_path: Path) -> None:
     write_case(tmp_path / "b" / "study1" / "CT", image_of(VOLUME.hu), image_of(lesions()))
     with pytest.raises(ConfigError, match="lie 2 to 3 folders below the root.*--patient-level"):
         read_volumes(tmp_path)
-    with pytest.raises(ConfigError, match="lie 2 folders below"):
-        read_volumes(tmp_path / "b")
+    assert [item.patient for item in read_volumes(tmp_path / "b").items] == ["CT"]  # the only one there
     source = read_volumes(tmp_path, patient_level=1, class_names=("a", "b"))
     assert [item.patient for item in source.items] == ["a", "a", "b"]
     loaded = [item.load() for item in source.items]
@@ -136,6 +135,16 @@ def test_a_patient_with_two_studies_is_one(tmp_path: Path) -> None:
     for level in (0, -1, 3):
         with pytest.raises(ConfigError, match=f"patient_level is {level}, .* it must be 1 to 2"):
             read_volumes(tmp_path, patient_level=level)
+
+
+@pytest.mark.parametrize(("names", "patients"), [("{}/CT", "ab"), ("nifti/{}", "ab"), ("nifti/{}/CT", "ab")])
+def test_the_only_level_on_which_folders_differ_names_the_patient(tmp_path: Path, names: str, patients: str) -> None:
+    for patient in patients:
+        folder = tmp_path / names.format(patient)
+        folder.mkdir(parents=True)
+        (folder / "CT_image.nii.gz").touch()
+        (folder / "CT_mask.nii.gz").touch()
+    assert [item.patient for item in read_volumes(tmp_path).items] == [*patients]
 
 
 def test_a_folder_for_each_patient_needs_no_level(tmp_path: Path) -> None:

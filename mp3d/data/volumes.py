@@ -42,21 +42,21 @@ def read_volumes(
     """CT volumes in NIfTI, NRRD or MetaImage, one folder each, with a mask beside the image.
 
     The format is told by the end of the name: .nii, .nii.gz, .nrrd, .nhdr, .mha or .mhd. A folder's name stands for the
-    patient; where images lie more than one folder below the root, ``patient_level`` says which. A volume with a mask
-    was searched: slices without a label hold nothing.
+    patient; where folders differ on several levels, as in ``<patient>/<study>/``, ``patient_level`` says which. A
+    volume with a mask was searched: slices without a label hold nothing.
 
     Args:
         root: folder, searched through all subfolders; links are followed.
         image: file name of the image, ``*`` and ``?`` allowed; must match once in a folder.
         mask: file name of the mask; None: there are none, and nobody looked.
         class_names: what the values 1, 2, ... of the mask stand for.
-        patient_level: which folder below the root names the patient, 1 being the topmost; left out: the folder of the
-            image, where none lies deeper than one folder below the root.
+        patient_level: which folder below the root names the patient, 1 being the topmost; left out: the only level on
+            which folders differ.
         dataset: name of the data set.
 
     Raises:
         ConfigError: no file name, more classes than a byte holds, or no folder at ``patient_level``; or it is left out
-            and images lie deeper.
+            and folders differ on several levels.
         DataError: the root is no folder, or no file in it has the name of an image.
     """
     if not image:
@@ -83,12 +83,12 @@ def read_volumes(
     if not pairs and not refused:
         detail = f"no NIfTI, NRRD or MetaImage file in {root} has a name like {image!r}"
         raise DataError(f"{detail}; name the images with --image, and the masks (now {mask!r}) with --mask")
-    check_patient_level(patient_level, [len(path.relative_to(root).parents) - 1 for path, _ in pairs])
+    level = find_patient_level(patient_level, [path.relative_to(root).parent.parts for path, _ in pairs])
     items: list[Item] = []
     for path, mask_path in pairs:
         key = path.relative_to(root)
-        patient = path.parent.name if patient_level is None else key.parts[patient_level - 1]
-        study = path.parent.name if patient_level is None else key.parent.as_posix()
+        patient = path.parent.name if level is None else key.parts[level - 1]
+        study = path.parent.name if level is None else key.parent.as_posix()
         load = partial(load_pair, path, mask_path, patient, study, key.as_posix(), len(class_names))
         items.append(Item(key=key.as_posix(), patient=patient, split=None, load=load))
     return Source(
@@ -101,27 +101,33 @@ def read_volumes(
     )
 
 
-def check_patient_level(level: int | None, depths: Sequence[int]) -> None:
-    """Make sure that a folder stands for the patient of every image.
+def find_patient_level(level: int | None, folders: Sequence[tuple[str, ...]]) -> int | None:
+    """Which folder below the root names the patient, 1 being the topmost; None: that of the image.
 
     Args:
-        level: which folder below the root names the patient, 1 being the topmost; None: that of the image.
-        depths: of the images, in folders below the root.
+        level: the one that was asked for; None: none was.
+        folders: of each image, from the root to its own.
+
+    Returns:
+        ``level``; else, where images lie deeper than one folder, the only level on which folders differ.
 
     Raises:
-        ConfigError: there is no folder at ``level`` above every image; or it is None, and images lie deeper than 1.
+        ConfigError: there is no folder at ``level`` above every image; or it is None, and folders differ on several.
     """
-    if not depths:
-        return
+    depths = {len(path) for path in folders} or {0}
     lowest, deepest = min(depths), max(depths)
     many = f"{lowest} to {deepest}" if lowest < deepest else f"{deepest}"
     place = f"{many} folder{'' if many == '1' else 's'} below the root"
     if level is None and deepest > 1:
-        rule = "say which of these folders names the patient"
-        raise ConfigError(f"the images lie {place}; {rule} with --patient-level, 1 being the topmost")
+        differ = [at for at in range(lowest) if len({path[at] for path in folders}) > 1]
+        if lowest < deepest or len(differ) > 1:
+            rule = "say which of these folders names the patient"
+            raise ConfigError(f"the images lie {place}; {rule} with --patient-level, 1 being the topmost")
+        return differ[0] + 1 if differ else None
     if level is not None and not 1 <= level <= lowest:
         rule = f"it must be 1 to {lowest}" if lowest else "leave it out: the folder of the image names the patient"
         raise ConfigError(f"patient_level is {level}, and the images lie {place}; {rule}")
+    return level
 
 
 def load_pair(image: Path, mask: Path | None, patient: str, study: str, key: str, num_classes: int) -> CTSeries:
