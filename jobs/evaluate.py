@@ -116,7 +116,9 @@ def evaluate(config: EvaluateConfig, *, dry_run: bool) -> int:
     write_predictions(Path(config.out) / "predictions.parquet", predictions)
     variants = {p.variant: Predictions(head, answers[p.variant, p.split]) for p in parts if p.variant != "trained"}
     evaluation = report(config, predictions, checkpoint.config.name, {**variants, **others}, shards)
-    if config.streamed and isinstance(evaluation, Evaluation):
+    if config.streamed and isinstance(evaluation, Evaluation) and config.max_clips is not None:
+        print("note: how whole series are read stays as it is: --max-clips judges only some of the slices")
+    elif config.streamed and isinstance(evaluation, Evaluation):
         streamed = evaluation.comparisons["streamed"].froc.mean_sensitivity
         checkpoint.record_streaming(evaluation.froc.mean_sensitivity, streamed, predictions.provenance)
         print(f"whole series are read in mode {best_mode(checkpoint)} from now on")
@@ -142,7 +144,12 @@ def planned(config: EvaluateConfig, checkpoint: Checkpoint, shards: ShardSet) ->
         parts.append(Part("streamed", config.split, samples))
     if config.ablations:
         parts += [Part(variant, config.split, samples) for variant in ABLATIONS]
-    to_choose = config.slices == "key" and config.split != config.choose_on and not read_operating_points(checkpoint)
+    if config.choose_on == "test":
+        raise ConfigError(
+            "choose_on is 'test'; thresholds are chosen on other slices than those that are reported: val"
+        )
+    whole = config.slices == "key" and config.max_clips is None
+    to_choose = whole and config.split != config.choose_on and not read_operating_points(checkpoint)
     if to_choose and (validation := _validation_samples(config, shards)):
         parts.append(Part("trained", config.choose_on, validation))
     return parts
@@ -167,7 +174,9 @@ def chosen_on_validation(
     if head.kind != "detection":
         return None
     validation = answers.get(("trained", config.choose_on))
-    if config.slices == "key" and validation:
+    if config.slices == "key" and validation and config.max_clips is not None:
+        print("note: no operating points are chosen: --max-clips judges only some of the slices")
+    elif config.slices == "key" and validation:
         points = OperatingPoints.of(froc_of(validation), checkpoint.digest, config.choose_on, shards.digest)  # type: ignore[arg-type]
         keep_operating_points(checkpoint, points)
         print(f"operating points chosen on {points.num_images} slices of split {points.split!r}, kept beside the model")

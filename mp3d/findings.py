@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from mp3d.data.series import Volume
-from mp3d.lesions import LINK_OVERLAP, LinkedLesion, link_boxes, reach_in_slices
+from mp3d.lesions import LINK_OVERLAP, LinkedLesion, link_boxes, reach_in_slices, without_parts
 from mp3d.predict import Finding, Point, edge_to_lps_mm
 
 
@@ -43,7 +43,8 @@ class Lesion:
 def group_findings(
     findings: Sequence[Finding], volume: Volume, grid_spacing_mm: float | None, min_overlap: float = LINK_OVERLAP
 ) -> list[Lesion]:
-    """The findings of one series as lesions, best first (:func:`mp3d.lesions.link_boxes`).
+    """The findings of one series as lesions, best first: linked by :func:`~mp3d.lesions.link_boxes`, and each once by
+    :func:`~mp3d.lesions.without_parts`.
 
     Args:
         grid_spacing_mm: of the z grid that the detector answered on (``clip.slice_spacing_mm``).
@@ -56,7 +57,7 @@ def group_findings(
         reach=reach_in_slices(volume.spacing_mm[0], grid_spacing_mm),
         min_overlap=min_overlap,
     )
-    return [_lesion(each, findings, volume) for each in linked]
+    return [_lesion(each, findings, volume) for each in without_parts(linked, min_overlap)]
 
 
 def _lesion(linked: LinkedLesion, findings: Sequence[Finding], volume: Volume) -> Lesion:

@@ -4,6 +4,9 @@ Slices are gone through in ascending order. A box goes on with a lesion whose la
 reach, it overlaps: they share enough of the smaller of the two, because the ends of a round lesion are far smaller than
 what follows. Pairs are formed from the largest IoU down, one box a slice and lesion. What is left begins a lesion. So a
 lesion has at most one box on a slice, and no order of the boxes changes the result.
+
+A detector often boxes a lesion twice on a slice, the whole of it and a part, which overlap too little for one to be
+left out there. In space the part lies inside: of two such lesions :func:`without_parts` keeps the better one.
 """
 
 from collections.abc import Sequence
@@ -87,6 +90,27 @@ def link_boxes(
         lesions += [[index] for column, index in enumerate(here.tolist()) if column not in taken]
     made = [_lesion(members, boxes, slices, scores, labels) for members in lesions]
     return sorted(made, key=lambda lesion: (-lesion.score, tuple(lesion.box.tolist())))
+
+
+def without_parts(ranked: Sequence[LinkedLesion], min_overlap: float = LINK_OVERLAP) -> list[LinkedLesion]:
+    """A detector's lesions, best first, less those that share ``min_overlap`` of the smaller box with a better one of
+    their label."""
+    kept: list[LinkedLesion] = []
+    for lesion in ranked:
+        better = np.array([each.box for each in kept if each.label == lesion.label]).reshape(-1, 6)
+        low, high = np.maximum(better[:, :3], lesion.box[:3]), np.minimum(better[:, 3:], lesion.box[3:])
+        thick = np.array([0, 0, 1])  # both slices of a range are in it
+        common = np.clip(high + thick - low, 0, None).prod(axis=1)
+        smaller = np.minimum((better[:, 3:] + thick - better[:, :3]).prod(axis=1), _volume(lesion))
+        if not (common >= min_overlap * smaller).any():
+            kept.append(lesion)
+    return kept
+
+
+def _volume(lesion: LinkedLesion) -> float:
+    """Pixels times slices."""
+    x1, y1, z1, x2, y2, z2 = lesion.box.tolist()
+    return (x2 - x1) * (y2 - y1) * (z2 - z1 + 1)
 
 
 def reach_in_slices(slice_spacing_mm: float, grid_spacing_mm: float | None) -> int:

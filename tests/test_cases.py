@@ -1,6 +1,7 @@
 """Classifiers and segmenters from shards to scores: trained for a second, judged by jobs/evaluate.py."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -210,6 +211,9 @@ def test_two_classifiers_are_told_apart_and_two_equal_ones_not():
     assert apart.p_value < 0.01
     assert apart.interval.low > 0
     assert (equal.difference, equal.p_value) == (0, 1)
+    elsewhere = [replace(case, logits=(0.0, 0.2 * case.logits[1] + 4)) for case in strong]  # the same ROC curve
+    again = evaluate_cases(Predictions("classification", weak), "weak", {"strong": elsewhere}, num_replicates=300)
+    assert again.comparisons["strong"] == apart
     low, high = evaluation.intervals["auc"]
     assert low < evaluation.scores["auc"] < high
     assert set(evaluation.intervals) == {"top1", "auc", "accuracy", "sensitivity", "specificity", "precision", "f1"}

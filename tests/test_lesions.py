@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mp3d.lesions import link_boxes, reach_in_slices
+from mp3d.lesions import link_boxes, reach_in_slices, without_parts
 
 A, B = [10, 10, 30, 30], [60, 60, 80, 90]
 
@@ -56,6 +56,16 @@ def test_the_small_end_of_a_round_lesion_belongs_to_it():
 
 def test_nothing_is_no_lesion():
     assert link_boxes(np.zeros((0, 4)), np.zeros(0, int), np.zeros(0), np.zeros(0, int)) == []
+
+
+def test_a_part_of_a_lesion_is_no_other():
+    whole, part, beside = [10, 10, 50, 50], [30, 30, 50, 50], [48, 10, 88, 50]
+    found = linked(
+        (whole, 3, 0.9), (whole, 4, 0.8), (part, 3, 0.4), (part, 4, 0.3), (beside, 3, 0.5), (part, 3, 0.2, 2)
+    )
+    kept = without_parts(found)
+    assert [(lesion.score, lesion.label) for lesion in kept] == [(0.9, 1), (0.5, 1), (0.2, 2)]
+    assert without_parts(kept) == kept
 
 
 def test_the_reach_spans_one_missing_answer():

@@ -187,7 +187,7 @@ def test_the_text_names_protocol_sample_and_purpose(page, evaluation):
     assert "patient patient00 · series series01 · slice 11" in text
     assert "16 × 16 mm" in text
     assert '"lr": 0.02' in text
-    assert "the threshold for 1 false positive per image of the validation split" in text
+    assert "the threshold for 1 false positive per image, chosen on" in text
     assert "Research use only" in text
 
 

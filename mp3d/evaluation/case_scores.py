@@ -1,10 +1,11 @@
 """Classifiers and segmenters by their numbers: scores with intervals by patient, calibration, paired tests."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from scipy.special import softmax
+from scipy.stats import rankdata
 
 from mp3d.errors import DataError
 from mp3d.evaluation.prediction_file import Predictions, check_same_truth
@@ -147,11 +148,22 @@ def _compared(
     spread = case_replicates(others, weights, None)[score] - case_replicates(cases, weights, None)[score]
     names, of_case = np.unique([case.patient for case in cases], return_inverse=True)
     swap = np.random.default_rng(seed).integers(0, 2, (len(weights), len(names)))[:, of_case]
-    both = [*cases, *others]
+    both = [*_ranked(cases), *_ranked(others)]
     doubled = (np.concatenate([1 - swap, swap], axis=1), np.concatenate([swap, 1 - swap], axis=1))
     first, second = (case_replicates(both, of, None)[score] for of in doubled)
     as_large = int((np.abs(second - first) >= abs(difference) - 1e-12).sum())
     return CaseComparison(score, float(value), difference, interval(spread), (1 + as_large) / (1 + len(weights)))
+
+
+def _ranked(cases: Sequence[Case]) -> Sequence[Case]:
+    """Two-class cases with ranks among themselves for logits: the answers of two models can be swapped though their
+    logits lie elsewhere, as the ROC curve of either is the same."""
+    classified = [case for case in cases if isinstance(case, ClassifiedCase)]
+    if not classified or len(classified[0].logits) != 2:
+        return cases
+    logits, _ = _columns(classified)
+    ranks = rankdata(logits[:, 1] - logits[:, 0])
+    return [replace(case, logits=(0.0, float(rank))) for case, rank in zip(classified, ranks, strict=True)]
 
 
 def classification_scores(cases: Sequence[ClassifiedCase], threshold: float | None = None) -> dict[str, float]:

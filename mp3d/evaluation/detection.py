@@ -23,7 +23,8 @@ from mp3d.metrics.protocols import MP3D_PORT, PROTOCOLS, FrocProtocol
 from mp3d.operating_points import OperatingPoints
 
 SIZES_MM = (10.0, 30.0)
-"""Where lesions are parted by their longer side, as DeepLesion's papers do."""
+"""Where lesions are parted by the longer side of their box. DeepLesion's papers part by the long RECIST diameter, which
+is shorter: its boxes have a margin of 5 pixels on each side."""
 THIN_MM = 2.0
 """Slices that are not thicker count as thin (AlignShift)."""
 
@@ -108,6 +109,8 @@ class Evaluation:
     lesions_3d: Lesions3D | None = None
     num_replicates: int = NUM_REPLICATES
     slices: str = "key"
+    chosen_on: str = ""
+    """Which slices the thresholds of ``operating`` were chosen on, in words."""
 
     @property
     def froc(self) -> FrocResult:
@@ -185,7 +188,14 @@ def evaluate_detector(
         lesions_3d=judge_lesions_3d(predictions, num_replicates, seed) if predictions.slices == "all" else None,
         num_replicates=num_replicates,
         slices=predictions.slices,
+        chosen_on=_chosen_on(OperatingPoints.from_plain(points), predictions.provenance) if points else "",
     )
+
+
+def _chosen_on(points: OperatingPoints, provenance: Mapping[str, str]) -> str:
+    judged = provenance.get("data manifest"), provenance.get("data set", "").rpartition("split ")[2]
+    these = ", the very slices that are judged here" if judged == (points.data, points.split) else ""
+    return f"{points.num_images} slices of split {points.split!r}{these}"
 
 
 def boxes_of(results: Sequence[KeySliceResult], protocol: FrocProtocol) -> tuple[list[Detections], list[np.ndarray]]:

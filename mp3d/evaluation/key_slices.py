@@ -35,6 +35,11 @@ from mp3d.sample import Clip, Prediction, Target
 Variant = Literal["trained", "streamed", "without training", "one slice nine times"]
 ABLATIONS: tuple[Variant, ...] = ("without training", "one slice nine times")
 """What a detector is compared with: the same network before training, and itself without context along z."""
+DECIDING_FIELDS = {
+    *("split", "slices", "streamed", "choose_on", "replicates", "seed", "max_clips", "threshold", "largest_component"),
+    "accelerator",
+}
+"""Fields of the evaluation that may change its numbers; the others are places and speed."""
 LEAST_SCORE = 0.01
 """Of boxes on all slices of a series, which would be ten thousands without it."""
 
@@ -214,6 +219,7 @@ def provenance_of(checkpoint: Checkpoint, shards: ShardSet, config: EvaluateConf
         with passport.open("rb") as file:
             known["data passport"] = file_digest(file, "sha256").hexdigest()
     settings = checkpoint.config.model_dump(mode="json", exclude={"shards", "init_from", "launch", "tracking"})
+    judged = config.model_dump(mode="json", include=DECIDING_FIELDS)
     return {
         "checkpoint": checkpoint.digest,
         "run": f"{checkpoint.config.name}, epoch {checkpoint.epoch}",
@@ -224,6 +230,7 @@ def provenance_of(checkpoint: Checkpoint, shards: ShardSet, config: EvaluateConf
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         **{package: version(package) for package in ("mp3d", "torch", "torchvision", "numpy")},
         "config": json.dumps(settings, sort_keys=True),
+        "evaluation": json.dumps(judged, sort_keys=True),
     }
 
 

@@ -13,7 +13,7 @@ from jaxtyping import Float
 
 from mp3d.evaluation.prediction_file import Predictions
 from mp3d.evaluation.results import KeySliceResult
-from mp3d.lesions import LinkedLesion, link_boxes, reach_in_slices
+from mp3d.lesions import LinkedLesion, link_boxes, reach_in_slices, without_parts
 from mp3d.metrics.froc import FrocResult, match, read_curve
 from mp3d.metrics.froc_replicates import FrocIntervals, froc_intervals
 from mp3d.metrics.protocols import LENS_3D
@@ -63,13 +63,14 @@ def link_series(
     """The boxes on the slices of one series as lesions."""
     keep = [result.scores >= from_score for result in series]
     kept = list(zip(series, keep, strict=True))
-    return link_boxes(
+    linked = link_boxes(
         boxes=np.concatenate([result.boxes[which] for result, which in kept]),
         slices=np.concatenate([np.full(int(which.sum()), result.z_index) for result, which in kept]),
         scores=np.concatenate([result.scores[which] for result, which in kept]),
         labels=np.concatenate([result.labels[which] for result, which in kept]),
         reach=reach_in_slices(series[0].spacing_mm[0], grid_spacing_mm),
     )
+    return without_parts(linked)
 
 
 def true_boxes_3d(series: Sequence[KeySliceResult]) -> Float[np.ndarray, "n 6"]:

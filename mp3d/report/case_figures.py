@@ -135,14 +135,19 @@ def draw_case(image: np.ndarray) -> bytes:
 
 
 def draw_masks(masked: MaskedSlice) -> bytes:
-    """Around what is marked: the slice alone, and with the true outline (green) and the answer (filled)."""
-    rows, columns = np.nonzero((masked.predicted_mask > 0) | ((masked.true_mask > 0) & (masked.true_mask != UNKNOWN)))
+    """Around what is marked: the slice alone, and with the true outline (green) and the answer (filled).
+
+    The window is that of the truth, where there is any: a wrong answer must not hide what was missed.
+    """
+    true = (masked.true_mask > 0) & (masked.true_mask != UNKNOWN)
+    rows, columns = np.nonzero((masked.predicted_mask > 0) | true)
     if masked.image.ndim == 3:
         grey = masked.image.transpose(1, 2, 0).astype(float) / 255
     else:
         box = np.array([0, 0, *masked.image.shape[::-1]], float)
-        if len(rows):
-            box = np.array([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1], float)
+        y, x = np.nonzero(true if true.any() else masked.predicted_mask)
+        if len(y):
+            box = np.array([x.min(), y.min(), x.max() + 1, y.max() + 1], float)
         grey = _grey(masked.image, display_window(masked.image, box))
     overlaid = grey.copy()
     for value in np.unique(masked.predicted_mask[masked.predicted_mask > 0]).tolist():
