@@ -1,6 +1,8 @@
 """From clips to predictions, to a file and back, to metrics."""
 
 import json
+import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -350,3 +352,18 @@ def test_thresholds_are_not_chosen_on_the_test_split_nor_on_a_few_slices(slab_ru
     assert read_operating_points(open_checkpoint(slab_run.checkpoint or "")) == before
     settings = json.loads(json.loads((tmp_path / "b" / "metrics.json").read_text())["provenance"]["evaluation"])
     assert settings["max_clips"] == 1
+
+
+@pytest.mark.parametrize("times", [1.0, 2.2, 3.0])
+def test_a_series_thinner_than_the_grid_is_read_on_several(
+    slab_run: EvaluateConfig, times: float, monkeypatch: pytest.MonkeyPatch
+):
+    judge = SeriesPredictor(slab_run.override({"slices": "all", "streamed": False}))
+    (sample, *_) = detection_samples(slab_run, judge.shards)
+    assert sample.entry.spacing_mm is not None
+    clip = judge.predictor.clip.override({"slice_spacing_mm": times * sample.entry.spacing_mm[0]})
+    judge.predictor = replace(judge.predictor, clip=clip)
+    phases: list[int] = []
+    monkeypatch.setattr(Predictor, "find_lesions", lambda self, *_: phases.append(self.phases) or [])
+    judge([sample])
+    assert phases == [math.ceil(times)]

@@ -173,7 +173,7 @@ def answers_for(
 
 
 class SeriesPredictor:
-    """A checkpoint that answers for every slice of whole series, as ``predict`` and ``serve`` do.
+    """A checkpoint that answers for every slice of whole series: thin ones are read on several grids.
 
     Raises:
         CheckpointError, DataError: checkpoint or shards cannot be used.
@@ -194,8 +194,10 @@ class SeriesPredictor:
         rows = list(self.shards.iter_rows(entry))
         affine = np.reshape(rows[0]["affine"], (4, 4))
         volume = Volume(np.stack([decode_image(row) for row in rows]), affine)
+        grid_mm = self.predictor.clip.slice_spacing_mm or 0.0
+        every_slice = replace(self.predictor, phases=max(1, math.ceil(grid_mm / volume.spacing_mm[0] - 1e-6)))
         on_slice: dict[int, list[Finding]] = defaultdict(list)
-        for finding in self.predictor.find_lesions(volume, LEAST_SCORE):
+        for finding in every_slice.find_lesions(volume, LEAST_SCORE):
             on_slice[finding.slice_index].append(finding)
         for index, row in enumerate(rows):
             target, info = slice_truth(row, entry)
