@@ -8,7 +8,7 @@ import imagecodecs
 import jpeg_ls
 import numpy as np
 from openjpeg.utils import encode_array
-from pydicom import Dataset, FileMetaDataset, dcmwrite, uid
+from pydicom import Dataset, FileMetaDataset, dcmread, dcmwrite, uid
 from pydicom.encaps import encapsulate
 from pydicom.pixels.encoders import RLELosslessEncoder
 from pydicom.valuerep import format_number_as_ds
@@ -151,6 +151,16 @@ def to_bytes(ds: Dataset, syntax: uid.UID = uid.ExplicitVRLittleEndian) -> bytes
         dcmwrite(file, ds, implicit_vr=False, little_endian=False)
     else:
         dcmwrite(file, ds, enforce_file_format=True)
+    return file.getvalue()
+
+
+def dcmread_bytes(file: bytes) -> Dataset:
+    return dcmread(BytesIO(file))
+
+
+def rewritten(ds: Dataset) -> bytes:
+    file = BytesIO()
+    ds.save_as(file)
     return file.getvalue()
 
 

@@ -4,17 +4,16 @@ import tracemalloc
 import zlib
 from collections.abc import Callable
 from copy import deepcopy
-from io import BytesIO
 
 import numpy as np
 import pytest
-from pydicom import Dataset, dcmread, uid
+from pydicom import Dataset, uid
 from pydicom.encaps import encapsulate
 
 from mp3d.data.dicom import Listing, group_series, load_volume, read_header, read_hu
 from mp3d.data.dicom.inflate import MAX_INFLATED_BYTES
 from mp3d.errors import Refusal
-from tests.dicom_files import ct_slices, made_volume, set_stored, to_bytes, to_files
+from tests.dicom_files import ct_slices, dcmread_bytes, made_volume, rewritten, set_stored, to_bytes, to_files
 from tests.test_dicom import LARGER, check_equal, load, refusal
 
 
@@ -269,13 +268,3 @@ class TestBrokenFiles:
                 except Refusal:
                     continue
                 assert volume.hu.dtype == np.int16
-
-
-def dcmread_bytes(file: bytes) -> Dataset:
-    return dcmread(BytesIO(file))
-
-
-def rewritten(ds: Dataset) -> bytes:
-    file = BytesIO()
-    ds.save_as(file)
-    return file.getvalue()

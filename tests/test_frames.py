@@ -18,13 +18,15 @@ from tests.dicom_files import (
     FUNCTIONAL_GROUPS,
     SERIES_UID,
     ct_slices,
+    dcmread_bytes,
     enhanced,
     made_volume,
     random_orientation,
+    rewritten,
     set_stored,
     to_bytes,
 )
-from tests.test_dicom import SYNTAXES, check_equal, dcmread_bytes, rewritten
+from tests.test_dicom import SYNTAXES, check_equal
 
 TRUTH = made_volume(shape=(5, 33, 37), orientation=random_orientation(np.random.default_rng(1)))
 
