@@ -17,6 +17,17 @@ SAME_RANGE = 0.5
 MAX_PHASES = 256
 """No scan comes back to a position so often; comparing with more would take too long."""
 
+ELEMENTS: dict[str, Callable[[Header], object]] = {
+    "Convolution Kernel (0018,1210)": lambda header: header.convolution_kernel,
+    "Image Type (0008,0008)": lambda header: header.image_type,
+    "Stack ID or Temporal Position Index (0020,9056), (0020,9128)": lambda header: header.stack,
+    "Temporal Position Identifier (0020,0100)": lambda header: header.temporal_position,
+    "cardiac phase (0020,9241) or Trigger Time (0018,1060)": lambda header: header.cardiac_phase,
+    "KVP (0018,0060)": lambda header: header.tube_voltage,
+    "Contrast/Bolus Agent (0018,0010)": lambda header: header.contrast_agent,
+}
+"""What tells phases and reconstructions of one range apart, in the order in which it is tried."""
+
 
 def slice_normal(header: Header) -> tuple[float, ...]:
     """The slice normal, rounded; empty where the orientation is missing or broken (refused later, by name)."""
@@ -45,13 +56,7 @@ def split_by_acquisition(headers: list[Header]) -> list[list[Header]]:
     by_time = _split(headers, lambda header: header.acquisition_time)
     candidates = [
         _phases(headers),
-        _split(headers, lambda header: header.convolution_kernel),
-        _split(headers, lambda header: header.image_type),
-        _split(headers, lambda header: header.stack),
-        _split(headers, lambda header: header.temporal_position),
-        _split(headers, lambda header: header.cardiac_phase),
-        _split(headers, lambda header: header.tube_voltage),
-        _split(headers, lambda header: header.contrast_agent),
+        *(_split(headers, by) for by in ELEMENTS.values()),
         _split(headers, lambda header: header.said_spacing_mm),
         _split(headers, lambda header: (header.acquisition_number, header.convolution_kernel, header.image_type)),
         _split(headers, lambda header: header.frame and (_image(header), header.stack)),
@@ -88,17 +93,8 @@ def alternating_element(headers: list[Header]) -> str:
     Args:
         headers: with finite positions.
     """
-    elements: tuple[tuple[str, Callable[[Header], object]], ...] = (
-        ("Convolution Kernel (0018,1210)", lambda header: header.convolution_kernel),
-        ("Image Type (0008,0008)", lambda header: header.image_type),
-        ("Stack ID or Temporal Position Index (0020,9056), (0020,9128)", lambda header: header.stack),
-        ("Temporal Position Identifier (0020,0100)", lambda header: header.temporal_position),
-        ("cardiac phase (0020,9241) or Trigger Time (0018,1060)", lambda header: header.cardiac_phase),
-        ("KVP (0018,0060)", lambda header: header.tube_voltage),
-        ("Contrast/Bolus Agent (0018,0010)", lambda header: header.contrast_agent),
-        ("Acquisition Number (0020,0012)", lambda header: header.acquisition_number),
-    )
-    return next((name for name, by in elements if _share_a_range(_split(headers, by))), "")
+    elements = ELEMENTS | {"Acquisition Number (0020,0012)": lambda header: header.acquisition_number}
+    return next((name for name, by in elements.items() if _share_a_range(_split(headers, by))), "")
 
 
 def _split(headers: list[Header], by: Callable[[Header], object]) -> list[list[Header]]:

@@ -38,14 +38,16 @@ PROJECTIONS = re.compile(
 )
 """Words in values of Image Type (PS3.3 C.7.6.1.1.2, C.8.15.2.1.1) or Frame Type of images that are no slice of the
 patient in Hounsfield units. Plain DERIVED or SECONDARY is none: many scanners and archives write it on their slices."""
-SLICES_OF = frozenset({"VOLUME", "SAMPLED", "MIXED", "NONE", "MPR", "MEAN_IP", "FILTERED"})
+SLICE_TECHNIQUES = frozenset({"VOLUME", "SAMPLED", "MIXED", "NONE", "MPR", "MEAN_IP", "FILTERED"})
 """Volumetric Properties and Volume Based Calculation Technique of frames that are slices in Hounsfield units; a
 projection or a curved reformat says another."""
 
 LISTING_WORKERS = min(4, os.cpu_count() or 1)
 """For the headers of a folder; more would wait for the one process that groups them."""
 
-NOBODYS = frozenset({"UNREADABLE", "TRUNCATED", "BAD_HEADER", "DECODE_CRASHED", "DECODE_LIMIT", "DECODE_FAILED"})
+BEFORE_GROUPING = frozenset(
+    {"UNREADABLE", "TRUNCATED", "BAD_HEADER", "DECODE_CRASHED", "DECODE_LIMIT", "DECODE_FAILED"}
+)
 """Why a file may be refused before it is known of which series it is."""
 
 OBJECT_MODALITIES = frozenset(
@@ -128,7 +130,7 @@ def group_series(
         series, refused = _group(headers, policy)
         listing.series.extend(series)
         listing.refused.extend(refused)
-    broken = {PurePosixPath(name).parent for name, refusal in listing.refused if refusal.reason in NOBODYS}
+    broken = {PurePosixPath(name).parent for name, refusal in listing.refused if refusal.reason in BEFORE_GROUPING}
     listing.series[:] = [_beside(series, broken) for series in listing.series]
     return listing
 
@@ -237,7 +239,7 @@ def _partition(headers: Iterable[Header], test: Callable[[Header], bool]) -> tup
 
 def _is_slice(header: Header) -> bool:
     """By what the image says of how it was made."""
-    return not any(map(PROJECTIONS.search, header.image_type)) and SLICES_OF.issuperset(header.made_by)
+    return not any(map(PROJECTIONS.search, header.image_type)) and SLICE_TECHNIQUES.issuperset(header.made_by)
 
 
 def _without_sheets(headers: list[Header]) -> tuple[list[Header], list[Header]]:
@@ -279,9 +281,7 @@ def _without_localizers(headers: list[Header]) -> tuple[list[Header], list[Heade
             stack, lambda header: abs(np.dot(normals[header.name, header.frame] or main, main)) >= limit
         )
         axial = [header for header in across if abs(normals[header.name, header.frame][2]) > limit]
-        few_slices = (
-            len(along) <= MAX_LOCALIZERS and len(axial) >= MIN_SLICES
-        )  # and those along are the scouts, perhaps
-        if len(across) <= MAX_LOCALIZERS and len(across) < len(along) and not few_slices:
+        doubtful = len(along) <= MAX_LOCALIZERS and len(axial) >= MIN_SLICES  # those along may be the scouts
+        if len(across) <= MAX_LOCALIZERS and len(across) < len(along) and not doubtful:
             return along, localizers + across
     return stack, localizers

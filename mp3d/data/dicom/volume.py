@@ -93,8 +93,8 @@ def load_volume(
     if grid.positions is not None:
         _check_one_acquisition(slices)
     positions = np.arange(len(slices)) if grid.positions is None else grid.positions
-    corrected = len(positions) if grid.tilt_deg or grid.positions is not None else 0  # lies beside what was read
-    _check_size(len(slices) + corrected, num_rows(grid, first.rows), first.columns, max_bytes)
+    corrected = len(positions) if grid.tilt_deg or grid.positions is not None else 0
+    _check_size(len(slices), num_rows(grid, first.rows), first.columns, max_bytes, corrected)
     hu = np.empty((len(slices), first.rows, first.columns), np.int16)
     num_padded = num_clipped = 0
     for header, plane in zip(slices, isolated.read_slices(slices, pool, hu), strict=True):
@@ -119,9 +119,11 @@ def load_volume(
     return Volume(hu=hu, affine=affine), stored, tuple(warnings)
 
 
-def _check_size(depth: int, rows: int, columns: int, max_bytes: int) -> None:
-    if depth * rows * columns * 2 > max_bytes:
-        size = f"{depth} slices of {rows} x {columns} pixels (0028,0010), (0028,0011)"
+def _check_size(depth: int, rows: int, columns: int, max_bytes: int, corrected: int = 0) -> None:
+    """Of the slices that are read, and of the corrected ones that are made of them and lie beside them for a time."""
+    if (depth + corrected) * rows * columns * 2 > max_bytes:
+        made = f" and {corrected} made of them" if corrected else ""
+        size = f"{depth} slices{made} of {rows} x {columns} pixels (0028,0010), (0028,0011)"
         raise Refusal("TOO_LARGE", f"{size} exceed {max_bytes >> 20} MiB; split the series")
 
 
