@@ -39,7 +39,7 @@ from torchvision.models.detection import fasterrcnn_resnet50_fpn
 
 from mp3d.config import ClipConfig, DetectionHead, ModelConfig
 from mp3d.data.clips import series_grid
-from mp3d.device import autocast, pick_device, resolve_precision
+from mp3d.device import autocast, pick_device, ready_for_inference, resolve_precision
 from mp3d.models import LesionDetector
 from mp3d.models.folded import NormKind
 from mp3d.models.stream import stream_pyramids
@@ -82,7 +82,9 @@ def noise(num_slices: int, size: int) -> Int16[np.ndarray, "n h w"]:
 def build(size: int, proposals: int, norm: NormKind) -> LesionDetector:
     torch.manual_seed(0)
     head = DetectionHead(rpn_post_nms=(1000, proposals))
-    return LesionDetector(ModelConfig(norm=norm, head=head), ClipConfig(image_size=size)).eval()
+    model = LesionDetector(ModelConfig(norm=norm, head=head), ClipConfig(image_size=size))
+    ready_for_inference(model, model.transform.config, "fp32", CPU)
+    return model
 
 
 def whole(model: LesionDetector, mode: SeriesMode, dtype: torch.dtype | None, hu: np.ndarray) -> Iterator[int]:

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torchvision.models.detection.image_list import ImageList
+from torchvision.models.detection.rpn import RegionProposalNetwork
 from torchvision.ops import box_iou, roi_align
 
 from mp3d.config import DetectionHead
@@ -139,6 +140,22 @@ def test_the_losses_of_the_boxes_are_of_their_own_class(beta: float):
             total += torch.where(off < beta, off**2 / (2 * beta), off - beta / 2).sum()
     torch.testing.assert_close(losses["loss_box_reg"], total / 6)
     torch.testing.assert_close(losses["loss_classifier"], F.cross_entropy(logits, labels))
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("wanted", [3, 40, 1000])
+def test_proposals_are_torchvisions(seed: int, wanted: int):
+    """Hundreds of overlapping boxes on three levels, some of them out of the picture, some without an extent."""
+    rpn = LesionRPN(HEAD.model_copy(update={"rpn_pre_nms": (200, 200), "rpn_post_nms": (wanted, wanted)})).eval()
+    per_level = [400, 150, 50]
+    given = torch.stack([boxes(600, seed), boxes(600, seed + 100)]) - 10
+    given[:, ::50, 2:] = given[:, ::50, :2]
+    logits = torch.randn(1200, 1, generator=torch.Generator().manual_seed(seed))
+    sizes = [(128, 128), (100, 90)]
+    theirs = RegionProposalNetwork.filter_proposals(rpn, given, logits, sizes, per_level)
+    for ours, wanted_ones in zip(rpn.filter_proposals(given, logits, sizes, per_level), theirs, strict=True):
+        assert all(map(torch.equal, ours, wanted_ones))
+    assert len(theirs[0][0]) <= wanted
 
 
 def test_proposals_and_samples_are_as_many_as_configured():

@@ -22,7 +22,7 @@ from torchvision.models.detection._utils import BoxCoder, Matcher
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
-from torchvision.ops import roi_align
+from torchvision.ops import batched_nms, clip_boxes_to_image, remove_small_boxes, roi_align
 from torchvision.ops.poolers import LevelMapper
 
 from mp3d.config import DetectionHead
@@ -64,6 +64,23 @@ class MaxIoUMatcher(Matcher):
         matches[last > 0] = last[last > 0] - 1
 
 
+def best_after_nms(
+    boxes: Boxes, scores: Float[Tensor, " b"], groups: Int64[Tensor, " b"], iou: float, count: int
+) -> Int64[Tensor, " k"]:
+    """The first ``count`` of what non-maximum suppression keeps within each group, best first.
+
+    A box is suppressed by better ones only, so the best few are tried alone, then twice as many, until enough are left.
+    """
+    order = scores.argsort(descending=True, stable=True)
+    tried = 2 * count
+    while True:
+        best = order[:tried]
+        kept = batched_nms(boxes[best], scores[best], groups[best], iou)
+        if len(kept) >= count or tried >= len(order):
+            return best[kept[:count]]
+        tried *= 2
+
+
 class LesionRPN(RegionProposalNetwork):
     """torchvision's region proposal network with the rules above.
 
@@ -97,6 +114,30 @@ class LesionRPN(RegionProposalNetwork):
         if targets is not None:
             sized = [{**target, "image_size": size} for target, size in zip(targets, images.image_sizes, strict=True)]
         return super().forward(images, features, sized)
+
+    def filter_proposals(
+        self,
+        proposals: Float[Tensor, "k a 4"],
+        objectness: Float[Tensor, "k*a 1"],
+        image_shapes: list[tuple[int, int]],
+        num_anchors_per_level: list[int],
+    ) -> tuple[list[Boxes], list[Float[Tensor, " p"]]]:
+        """Boxes and scores of every picture after non-maximum suppression, best first; torchvision's, but that it ends
+        with the last box that is wanted.
+        """
+        logits = objectness.detach().reshape(len(proposals), -1)
+        candidates = self._get_top_n_idx(logits, num_anchors_per_level)
+        level_ends = torch.tensor(num_anchors_per_level, device=logits.device).cumsum(0)
+        boxes, scores = [], []
+        for every, scored, best, size in zip(proposals, logits.sigmoid(), candidates, image_shapes, strict=True):
+            best = best[remove_small_boxes(clip_boxes_to_image(every[best], size), self.min_size)]
+            best = best[scored[best] >= self.score_thresh]
+            levels = torch.bucketize(best, level_ends, right=True)
+            inside = clip_boxes_to_image(every[best], size)
+            kept = best_after_nms(inside, scored[best], levels, self.nms_thresh, self.post_nms_top_n())
+            boxes.append(inside[kept])
+            scores.append(scored[best[kept]])
+        return boxes, scores
 
     def assign_targets_to_anchors(
         self, anchors: list[Boxes], targets: list[dict[str, Any]]
