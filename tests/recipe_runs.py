@@ -75,7 +75,7 @@ def quick(recipe: Recipe, shards: Path, storage: Path) -> TrainConfig:
     config = recipe()
     changes = {
         "shards": str(shards), "model.width": 0.125, "clip.image_size": 48, "loop.batch_size": 2, "loop.epochs": 2,
-        "loop.steps_per_epoch": 2, "loop.num_workers": 1, "loop.max_validation_clips": 4,
+        "loop.steps_per_epoch": 2, "loop.num_workers": 1, "loop.max_validation_clips": 6,
         "augment.image_sizes": (32, 48) if config.augment.image_sizes else (),
         "launch": LaunchConfig(runner="local", storage_path=str(storage)), "tracking": TrackingConfig(mode="disabled"),
     }  # fmt: skip

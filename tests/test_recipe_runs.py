@@ -67,7 +67,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "deeplesion": read_deeplesion(raw / "deeplesion"),
         "liver": read_lits(raw / "lits", classes="liver"),
         "classes": smoke_source("nodules"),
-        "nodules": smoke_source("nodules"),
+        "nodules": smoke_source("organs"),
     }
     for name, source in sources.items():
         prepare(source, made / name, id_key=ID_KEY, runner="local")
