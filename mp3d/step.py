@@ -7,6 +7,7 @@ decided together.
 
 import json
 import math
+import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -69,6 +70,8 @@ def wrap_model(run: Run) -> None:
     """
     run.model = run.bare_model
     if run.session.world_size > 1:
+        # of 1 x 1 x 1 kernels, whose gradients are channels-last: the strides of axes with one element say nothing
+        warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
         run.model = DistributedDataParallel(run.model)
 
 
