@@ -3,14 +3,16 @@
 import ctypes
 import logging
 from contextlib import AbstractContextManager, nullcontext
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from torch import nn
+from jaxtyping import Float
+from torch import Tensor, nn
 from torch.func import functional_call
 
 from mp3d.config import ClipConfig
 from mp3d.errors import ConfigError, ResourceError
+from mp3d.models.detector import LesionDetector
 from mp3d.models.folded import fuse_batch_norms
 from mp3d.models.resnet import FoldedResNet
 from mp3d.models.winograd import use_winograd
@@ -25,8 +27,8 @@ CPU_BF16_FEATURES = ("avx512_bf16", "amx_bf16")
 
 
 MAX_DIFFERENCE = 0.25
-"""Of a stage's features in half precision from those in float32, relative to their norm. Rounding makes a few
-hundredths of MP3D-63; a wrong kernel makes one.
+"""Of features in half precision from those in float32, on the worst slice, row, column or channel, relative to the norm
+of an average one. Rounding makes a few hundredths of MP3D-63, a tenth of its worst channels; a wrong kernel makes one.
 """
 
 M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8
@@ -85,8 +87,13 @@ def resolve_precision(precision: PrecisionName, device: torch.device) -> torch.d
 
 
 def inference_dtype(trained_in: PrecisionName, device: torch.device) -> torch.dtype | None:
-    """A model answers in the precision that it was trained in, except that float16 becomes float32 on a CPU."""
-    return resolve_precision("fp32" if trained_in == "fp16" and device.type == "cpu" else trained_in, device)
+    """A model answers in the precision that it was trained in, or in float32 where the device has no such hardware."""
+    match trained_in:
+        case "fp16" if device.type == "cpu":
+            return None
+        case "bf16" if not _computes_in_bf16(device):
+            return None
+    return resolve_precision(trained_in, device)
 
 
 def autocast(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager:
@@ -130,36 +137,65 @@ def compile_layers(model: nn.Module) -> None:
 
 
 def checked_precision(model: nn.Module, clip: ClipConfig, dtype: torch.dtype | None) -> torch.dtype | None:
-    """``dtype`` where the model's 3D backbone gives the same features in it as in float32, on a made clip of the real
-    shape; else None, which is float32, with a warning. Kernels for half precision were wrong on some devices before.
+    """``dtype`` where the model's layers give the same features in it as in float32, on a made clip of the real shape:
+    the stages of the 3D backbone, and of a detector the feature pyramid and the region proposals. Else None, which is
+    float32, with a warning. Kernels for half precision were wrong on some devices before.
 
     The model is left as it was, its batch statistics too.
     """
     if dtype is None:
         return None
-    (backbone,) = (module for module in model.modules() if isinstance(module, FoldedResNet))
-    device = next(backbone.parameters()).device
+    device = next(model.parameters()).device
     x = torch.randn(1, 1, clip.depth, clip.image_size, clip.image_size, generator=torch.Generator().manual_seed(0))
-    x = x.to(device)
-
-    def features() -> list[torch.Tensor]:
-        buffers = {name: buffer.clone() for name, buffer in backbone.named_buffers()}
-        return [each.float() for each in functional_call(backbone, buffers, (x,))]
-
     with torch.no_grad():
-        exact = features()
+        exact = _features(model, x.to(device))
         with autocast(device, dtype):
-            rounded = features()
-    for number, (a, b) in enumerate(zip(exact, rounded, strict=True), start=1):
-        difference = ((a - b).norm() / a.norm()).item()
+            rounded = _features(model, x.to(device))
+    for name, features in exact.items():
+        difference = _worst_difference(features, rounded[name])
         if not difference <= MAX_DIFFERENCE:
             logger.warning(
-                "%s on %s gives other features than float32: stage %d of the backbone is off by %.3g (at most %g is "
-                "rounding); float32 is used instead",
-                str(dtype).removeprefix("torch."), device, number, difference, MAX_DIFFERENCE,
+                "%s on %s gives other features than float32: %s is off by %.3g (at most %g is rounding); float32 is "
+                "used instead",
+                str(dtype).removeprefix("torch."), device, name, difference, MAX_DIFFERENCE,
             )  # fmt: skip
             return None
     return dtype
+
+
+def _features(model: nn.Module, x: Float[Tensor, "1 1 d h w"]) -> dict[str, Tensor]:
+    """What the layers of known shapes give, by name, in float32."""
+    (backbone,) = (module for module in model.modules() if isinstance(module, FoldedResNet))
+    found: dict[str, Tensor] = {}
+
+    def keep_stages(_module: nn.Module, _inputs: Any, stages: list[Tensor]) -> None:
+        found.update({f"stage {number} of the backbone": stage for number, stage in enumerate(stages, start=1)})
+
+    hook = backbone.register_forward_hook(keep_stages)
+    try:
+        neck = model.backbone if isinstance(model, LesionDetector) else backbone
+        buffers = {name: buffer.clone() for name, buffer in neck.named_buffers()}
+        if isinstance(model, LesionDetector):
+            maps = functional_call(neck, buffers, (x, [(x.shape[2] // 2,)]))
+            logits, deltas = model.rpn.head(list(maps.values()))
+            for level, pyramid, *proposals in zip(maps, maps.values(), logits, deltas, strict=True):
+                found[f"map {level} of the feature pyramid"] = pyramid
+                found[f"the region proposals on map {level}"] = torch.cat(proposals, 1)
+        else:
+            functional_call(neck, buffers, (x,))
+    finally:
+        hook.remove()
+    return {name: each.float() for name, each in found.items()}
+
+
+def _worst_difference(exact: Tensor, rounded: Tensor) -> float:
+    """Relative, of the worst part along any axis: a fault in one slice or channel is lost in the mean of all."""
+    worst = []
+    for axis in range(exact.dim()):
+        others = [other for other in range(exact.dim()) if other != axis]
+        differences = (exact - rounded).pow(2).mean(others).sqrt()
+        worst.append(differences.max() / exact.pow(2).mean().sqrt())
+    return torch.stack(worst).max().item()
 
 
 def _computes_in_bf16(device: torch.device) -> bool:

@@ -10,7 +10,7 @@ the end of an epoch goes on exactly as one that was not.
 import json
 import math
 from collections.abc import Callable, Hashable, Iterable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ from mp3d.evaluation import predict_clips
 from mp3d.metrics import build_metric
 from mp3d.models import build_model
 from mp3d.models.sync_batch_norm import synchronise_batch_norm
-from mp3d.models.transfer import initialise_backbone
+from mp3d.models.transfer import check_source, initialise_backbone
 from mp3d.progress import Progress
 from mp3d.schedule import build_optimizer, learning_rate, scaled_to_batch, steps_in_epoch
 from mp3d.session import Session
@@ -80,7 +80,9 @@ def train(config: TrainConfig, session: Session) -> dict[str, float]:
         best = restore(run, checkpoint)
         _say(session, f"resumed after epoch {checkpoint.epoch} from {checkpoint.path}")
     elif config.init_from:
-        report = initialise_backbone(run.bare_model, open_checkpoint(config.init_from).model_state())
+        source = open_checkpoint(config.init_from)
+        warnings = check_source(source.config.model, config.model)
+        report = replace(initialise_backbone(run.bare_model, source.model_state()), warnings=warnings)
         _say(session, report.summary())
         if session.rank == 0:
             (session.run_dir / "transfer.json").write_text(json.dumps(report.as_dict(), indent=1) + "\n")
@@ -124,7 +126,7 @@ def check_inputs(config: TrainConfig) -> ShardSet:
 
     Raises:
         DataError: the shards, their splits or their truth are not what the head learns from.
-        CheckpointError: ``init_from`` cannot be opened.
+        CheckpointError: ``init_from`` cannot be opened, or is of another network.
         ConfigError: fewer classes than the shards have.
     """
     shards = open_shards(config.shards)
@@ -144,7 +146,7 @@ def check_inputs(config: TrainConfig) -> ShardSet:
                 "under the curve needs both; prepare with another split, or raise loop.max_validation_clips"
             )
     if config.init_from:
-        open_checkpoint(config.init_from)
+        check_source(open_checkpoint(config.init_from).config.model, config.model)
     return shards
 
 

@@ -40,6 +40,14 @@ def test_fp16_on_a_cpu_is_refused_for_training_and_replaced_for_inference():
     assert inference_dtype("fp16", GPU) is torch.float16
 
 
+def test_inference_in_bf16_needs_hardware_for_it(monkeypatch: pytest.MonkeyPatch):
+    """Emulated it is several times slower than float32."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True}, raising=False)
+    assert inference_dtype("bf16", CPU) is torch.bfloat16
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict, raising=False)
+    assert inference_dtype("bf16", CPU) is None
+
+
 @pytest.mark.parametrize(
     ("capabilities", "dtype"),
     [

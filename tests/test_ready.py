@@ -3,6 +3,7 @@
 import copy
 import logging
 from collections import Counter
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -49,7 +50,8 @@ def test_group_norms_are_left_alone():
     assert all(torch.equal(value, before[key]) for key, value in layer.state_dict().items())
 
 
-def test_a_model_is_ready_once_it_is_fused_and_checked():
+def test_a_model_is_ready_once_it_is_fused_and_checked(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True}, raising=False)
     model = build_model(
         ModelConfig(backbone="resnet3d18", width=0.125, norm="bn", head=ClassificationHead(num_classes=2)), CLIP
     )
@@ -94,6 +96,37 @@ def test_wrong_kernels_of_half_precision_are_found(
     assert "bfloat16 on cpu gives other features than float32: stage 1 of the backbone is off by" in caplog.text
     assert "float32 is used instead" in caplog.text
     assert checked_precision(model, CLIP, None) is None
+
+
+def dead_slice(y: Tensor) -> Tensor:
+    return torch.cat([y[:-1], torch.zeros_like(y[-1:])])
+
+
+def turned_channel(y: Tensor) -> Tensor:
+    return torch.cat([-y[:, :1], y[:, 1:]], dim=1)
+
+
+@pytest.mark.parametrize(
+    ("layer", "fault", "named"),
+    [
+        ("backbone.backbone.stem.layers.0.conv", dead_slice, "stage 1 of the backbone"),
+        ("backbone.backbone.stage2", turned_channel, "stage 2 of the backbone"),
+        ("backbone.fpn.layer_blocks.0", torch.zeros_like, "map 0 of the feature pyramid"),
+        ("rpn.head.conv", lambda y: y * torch.nan, "the region proposals on map 0"),
+    ],
+    ids=str,
+)
+def test_a_fault_in_a_part_is_found(layer: str, fault: Callable, named: str, caplog: pytest.LogCaptureFixture):
+    clip = ClipConfig(image_size=64)
+    model = build_model(ModelConfig(backbone="mp3d18ba", width=0.125), clip).eval()
+
+    def spoil(_module: nn.Module, _inputs: tuple, y: Tensor) -> Tensor | None:
+        return fault(y) if torch.is_autocast_enabled("cpu") else None
+
+    model.get_submodule(layer).register_forward_hook(spoil)
+    with caplog.at_level(logging.WARNING):
+        assert checked_precision(model, clip, torch.bfloat16) is None
+    assert f"{named} is off by" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,7 +14,14 @@ from mp3d.models import build_model
 from mp3d.models.backbone import build_backbone
 from mp3d.models.released import authors_name
 from mp3d.models.resnet3d import build_resnet3d
-from mp3d.models.transfer import InflationRule, Reinitialised, TransferReport, inflate, initialise_backbone
+from mp3d.models.transfer import (
+    InflationRule,
+    Reinitialised,
+    TransferReport,
+    check_source,
+    inflate,
+    initialise_backbone,
+)
 
 DETECTION = DetectionHead(fpn_channels=8, box_features=8)
 
@@ -93,6 +101,37 @@ def test_another_network_is_refused_and_nothing_is_changed(changes):
     with pytest.raises(CheckpointError, match="backbone weights have a counterpart in the source, first missing: "):
         initialise_backbone(detector, classifier(**changes).state_dict())
     assert all(torch.equal(value, before[key]) for key, value in detector.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("source", "target"),
+    [
+        ({"backbone": "mp3d63"}, {"backbone": "mp3d18"}),
+        ({"backbone": "mp3d18"}, {"backbone": "mp3d63"}),
+        ({"backbone": "mp3d34ba"}, {"backbone": "mp3d18ba"}),
+        ({"backbone": "resnet3d50"}, {"backbone": "resnet3d34"}),
+        ({"width": 0.5}, {"width": 0.25}),
+        ({"norm": "slice_gn"}, {"norm": "frozen_bn"}),
+    ],
+)
+def test_weights_that_would_mean_something_else_are_refused(source: dict, target: dict):
+    """Most of these have all the keys and shapes of the target."""
+    with pytest.raises(CheckpointError, match=r"model.(backbone|width|norm)"):
+        check_source(ModelConfig(**source), ModelConfig(**target))
+
+
+def test_the_same_layers_may_have_another_name_stem_or_norm():
+    assert check_source(ModelConfig(backbone="mp3d63"), ModelConfig(backbone="p3d63")) == ()
+    assert check_source(ModelConfig(backbone="resnet3d18_v1c"), ModelConfig(backbone="resnet3d18")) == ()
+    assert check_source(ModelConfig(norm="bn"), ModelConfig(norm="frozen_bn")) == ()
+
+
+def test_another_pool_is_told():
+    planar = ModelConfig(strides=StrideConfig(pool="1x3x3"))
+    (warning,) = check_source(planar, ModelConfig())
+    assert "--model.strides.pool 1x3x3 keeps them the same" in warning
+    report = replace(initialise_backbone(model(), model(seed=1).state_dict()), warnings=(warning,))
+    assert report.summary().startswith(f"warning: {warning}")
 
 
 def test_a_source_without_a_backbone_is_refused():

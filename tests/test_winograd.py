@@ -62,7 +62,7 @@ def test_only_plain_wide_convolutions_are_replaced():
 @pytest.mark.parametrize(("capability", "count"), [("AVX2", 5), ("AVX512", 0), ("DEFAULT", 0)])
 def test_a_detector_has_it_where_it_is_faster(monkeypatch: pytest.MonkeyPatch, capability: str, count: int):
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
-    config = recipes.deeplesion_mp3d63().override({"model.width": 8, "clip.image_size": 64})
+    config = recipes.deeplesion_mp3d63().override({"model.width": 0.125, "clip.image_size": 64})
     model = build_model(config.model, config.clip)
     assert isinstance(model, LesionDetector)
     assert ready_for_inference(model, config.clip, "fp32", CPU) is None

@@ -7,6 +7,7 @@ them afresh too (``modified_p3d.py``, ``load_checkpoint(strict=False, rm_backbon
 The kernels of a 2D network become 3D ones by inflation.
 """
 
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
@@ -16,6 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from mp3d.config import ModelConfig
 from mp3d.errors import CheckpointError
 from mp3d.models.resnet import FoldedResNet
 
@@ -43,19 +45,21 @@ class Reinitialised:
 @dataclass(frozen=True)
 class TransferReport:
     """Every tensor of the model is in ``moved``, ``inflated`` or ``reinitialised``; ``unused`` are those that only the
-    source has.
+    source has. ``warnings`` say what makes the features others than the source's nevertheless.
     """
 
     moved: tuple[str, ...]
     reinitialised: tuple[Reinitialised, ...]
     unused: tuple[str, ...]
     inflated: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
 
     def summary(self) -> str:
         """The counts, then every key, one line for each module."""
         changed = [f"{item.key} {_shapes(item)}" for item in self.reinitialised]
         return "\n".join(
             [
+                *(f"warning: {warning}" for warning in self.warnings),
                 f"moved {len(self.moved)} tensors, inflated {len(self.inflated)}, re-initialised "
                 f"{len(self.reinitialised)}, unused {len(self.unused)} of the source",
                 *_section("moved", self.moved),
@@ -107,6 +111,45 @@ def inflate(
             kernel[coronal, :, :, height // 2] = weight[coronal]
             kernel[sagittal, :, :, :, width // 2] = weight[sagittal]
     return kernel
+
+
+def check_source(source: ModelConfig, target: ModelConfig) -> tuple[str, ...]:
+    """Whether the weights of one model's backbone mean the same in another's, and what will differ all the same.
+
+    Keys and shapes do not tell: a deeper MP3D has all the tensors of a shallower one, but its blocks of kind A, B and C
+    come in another order.
+
+    Returns:
+        Warnings.
+
+    Raises:
+        CheckpointError: another depth, family or width; frozen batch norm without the statistics of one.
+    """
+    for name, theirs, ours in (
+        ("backbone", _layers(source.backbone), _layers(target.backbone)),
+        ("width", source.width, target.width),
+    ):
+        if theirs != ours:
+            raise CheckpointError(
+                f"the source has model.{name} {getattr(source, name)}, and this model {getattr(target, name)}; "
+                "its weights would mean something else here: take a source of the same"
+            )
+    if target.norm == "frozen_bn" and source.norm not in ("bn", "frozen_bn"):
+        raise CheckpointError(
+            f"model.norm is frozen_bn, which never learns statistics, and the source has {source.norm}, which has none: "
+            "take a source with batch norm, or train with slice_gn or bn"
+        )
+    if source.strides.pool != target.strides.pool and not target.backbone.startswith("p3d"):
+        return (
+            f"the source's features are behind a pool of {source.strides.pool}, and those of this model behind one of "
+            f"{target.strides.pool}; --model.strides.pool {source.strides.pool} keeps them the same",
+        )
+    return ()
+
+
+def _layers(backbone: str) -> str:
+    """P3D has MP3D's layers, and only the stem differs between the two kinds of 3D ResNets."""
+    return re.sub(r"^p3d", "mp3d", backbone).removesuffix("_v1c")
 
 
 def initialise_backbone(model: nn.Module, source_state: Mapping[str, Tensor]) -> TransferReport:
