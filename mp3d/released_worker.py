@@ -23,6 +23,9 @@ from mp3d.errors import Refusal
 WRAPPERS = ("state_dict", "model")
 """Keys under which training programs keep the weights."""
 
+COUNTERS = (torch.int64, torch.int32)
+"""What is no weight, such as the number of batches that a batch norm has seen."""
+
 
 @lru_cache(maxsize=1)
 def tensors_of(path: Path) -> Mapping[str, Tensor]:
@@ -43,7 +46,8 @@ def tensors_of(path: Path) -> Mapping[str, Tensor]:
     if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
         raise Refusal("DECODE_FAILED", "it holds no state dict, a table of tensors by their names")
     for name, tensor in content.items():
-        if tensor.layout != torch.strided or tensor.nbytes > tensor.untyped_storage().nbytes():
+        is_plain = tensor.layout == torch.strided and tensor.nbytes <= tensor.untyped_storage().nbytes()
+        if not is_plain or not (tensor.is_floating_point() or tensor.dtype in COUNTERS):
             raise Refusal("DECODE_FAILED", f"its tensor {str(name)[:100]!r} is no plain array of numbers")
     return content
 
@@ -54,10 +58,16 @@ def list_tensors(source: Path) -> tuple[Any, None]:
 
 
 def read_values(source: Path, name: str, first: int, count: int) -> tuple[None, np.ndarray]:
-    """Some values of a tensor in C order, as float32 or int64."""
-    tensor = tensors_of(source)[name]
-    values = tensor.float() if tensor.is_floating_point() else tensor.long()
-    return None, values.contiguous().view(-1)[first : first + count].numpy()
+    """Some values of a tensor in C order, as float32 or int64.
+
+    Raises:
+        Refusal: some are not finite.
+    """
+    tensor = tensors_of(source)[name].detach()
+    values = (tensor.float() if tensor.is_floating_point() else tensor.long()).contiguous().view(-1)
+    if not bool(values[first : first + count].isfinite().all()):
+        raise Refusal("DECODE_FAILED", f"its tensor {name[:100]!r} has values that are not finite")
+    return None, values[first : first + count].numpy()
 
 
 TASKS: dict[str, Task] = {"list_tensors": list_tensors, "read_values": read_values}

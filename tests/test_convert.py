@@ -171,8 +171,13 @@ def test_what_a_file_becomes():
     assert (found.model.to_2d, found.clip.num_slices) == ("centre", 3)
     mp3d63 = authors_shapes("mp3d63", group_norm=True)
     assert plan(mp3d63).model.backbone == "mp3d63"
-    pooled = plan(mp3d63, backbone="p3d63")
-    assert (pooled.model.backbone, pooled.clip) == ("p3d63", ClipConfig())
+    with_transforms = mp3d63 | {
+        f"groupconv_{i}.weight": (w, 3, 1, 1) for i, w in enumerate((256, 512, 1024, 2048), start=1)
+    }
+    for shapes in (mp3d63, with_transforms):  # the released MP3D-63 has been trained with group transforms
+        pooled = plan(shapes, backbone="p3d63")
+        assert (pooled.model.backbone, pooled.clip) == ("p3d63", ClipConfig())
+        assert not set(pooled.backbone.values()) & (set(with_transforms) - set(mp3d63))
     dense = plan(MP3D18BA | {f"conv3d_all_{i}.weight": (w, w, 9, 1, 1) for i, w in enumerate(WIDTHS, start=1)})
     assert (dense.model.to_2d, dense.clip.num_slices) == ("dense", 9)
     flat = authors_shapes("resnet2d50", group_norm=False)
@@ -190,8 +195,8 @@ def test_weights_that_do_not_fit_are_refused_by_name():
         plan(MP3D18BA, backbone="mp3d63")
     with pytest.raises(CheckpointError, match=r"groupconv_1.weight has the shape \(64, 64, 9, 1, 1\), and in the"):
         plan(MP3D18BA | {"groupconv_1.weight": (64, 64, 9, 1, 1)})
-    with pytest.raises(CheckpointError, match=r"the authors' p3d18ba has no tensor 'groupconv_1.weight'"):
-        plan(MP3D18BA | {"groupconv_1.weight": (64, 9, 1, 1)}, backbone="p3d18ba")
+    with pytest.raises(CheckpointError, match=r"groupconv_1.weight has the shape \(32, 9, 1, 1\)"):
+        plan(MP3D18BA | {"groupconv_1.weight": (32, 9, 1, 1)}, backbone="p3d18ba")
     with pytest.raises(CheckpointError, match=r"weight \[3, 9\] slices; it must be one odd number for all"):
         plan(MP3D18BA | {"groupconv_1.weight": (64, 9, 1, 1), "groupconv_2.weight": (128, 3, 1, 1)})
     flat = authors_shapes("resnet2d18", group_norm=False)
@@ -246,6 +251,8 @@ def test_a_file_of_something_else_is_refused(tmp_path: Path, capsys: pytest.Capt
         ({"state_dict": {"conv1.weight": torch.zeros(2), "name": "r18"}}, "it holds no state dict"),
         ({"conv1.weight": torch.zeros(1).expand(10**12)}, "its tensor 'conv1.weight' is no plain array of numbers"),
         ({"conv1.weight": torch.zeros(2, 2).to_sparse()}, "its tensor 'conv1.weight' is no plain array of numbers"),
+        ({"conv1.weight": torch.zeros(2, dtype=torch.complex64)}, "'conv1.weight' is no plain array of numbers"),
+        ({"conv1.weight": torch.zeros(2, dtype=torch.int8)}, "'conv1.weight' is no plain array of numbers"),
     ],
 )
 def test_a_worker_refuses_what_is_no_state_dict(tmp_path: Path, content: object, message: str):
@@ -262,3 +269,11 @@ def test_a_worker_hands_tensors_out_in_pieces(tmp_path: Path):
     assert [len(piece) for piece in pieces] == [10, 10, 4]
     assert torch.equal(torch.cat([torch.from_numpy(piece) for piece in pieces]).reshape(4, 2, 3), tensor.float())
     assert released_worker.read_values(file, "count", 0, 10)[1].tolist() == [5]
+
+
+def test_a_worker_reads_parameters_and_refuses_what_is_not_finite(tmp_path: Path):
+    weights = torch.tensor([1.0, torch.nan])
+    file = save({"a": torch.nn.Parameter(weights[:1]), "b": weights}, tmp_path / "odd.pth")
+    assert released_worker.read_values(file, "a", 0, 10)[1].tolist() == [1.0]
+    with pytest.raises(Refusal, match="its tensor 'b' has values that are not finite"):
+        released_worker.read_values(file, "b", 0, 10)

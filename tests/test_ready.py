@@ -110,7 +110,7 @@ def turned_channel(y: Tensor) -> Tensor:
     ("layer", "fault", "named"),
     [
         ("backbone.backbone.stem.layers.0.conv", dead_slice, "stage 1 of the backbone"),
-        ("backbone.backbone.stage2", turned_channel, "stage 2 of the backbone"),
+        ("backbone.backbone.stage2.1.unit2.conv_t", turned_channel, "stage 2 of the backbone"),
         ("backbone.fpn.layer_blocks.0", torch.zeros_like, "map 0 of the feature pyramid"),
         ("rpn.head.conv", lambda y: y * torch.nan, "the region proposals on map 0"),
     ],

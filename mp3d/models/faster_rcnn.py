@@ -67,7 +67,7 @@ class MaxIoUMatcher(Matcher):
 def best_after_nms(
     boxes: Boxes, scores: Float[Tensor, " b"], groups: Int64[Tensor, " b"], iou: float, count: int
 ) -> Int64[Tensor, " k"]:
-    """The first ``count`` of what non-maximum suppression keeps within each group, best first.
+    """The first ``count`` of what non-maximum suppression keeps within each group, best first, equal scores in order.
 
     A box is suppressed by better ones only, so the best few are tried alone, then twice as many, until enough are left.
     """

@@ -142,7 +142,7 @@ def has_group_norm(shapes: Mapping[str, Shape]) -> bool:
 
 
 def match_backbone(backbone: BackboneName, shapes: Mapping[str, Shape]) -> dict[str, str]:
-    """Our keys of a backbone's tensors, each with the authors'.
+    """Our keys of a backbone's tensors, each with the authors'; a P3D has no use for group transforms.
 
     Args:
         shapes: of the authors' backbone and what makes its features 2D, without any prefix.
@@ -154,12 +154,13 @@ def match_backbone(backbone: BackboneName, shapes: Mapping[str, Shape]) -> dict[
     expected = authors_shapes(backbone, group_norm)
     names = {}
     for key, shape in shapes.items():
-        wanted = expected[key] if key in expected else _conversion_shape(key, shape, _outline(backbone, group_norm))
+        wanted = expected[key] if key in expected else _conversion_shape(backbone, key, shape, group_norm)
         if wanted is None:
             raise CheckpointError(f"the authors' {backbone} has no tensor {key!r}, which is here of shape {shape}")
         if shape != wanted:
             raise CheckpointError(f"{key} has the shape {shape}, and in the authors' {backbone} {wanted}")
-        names[our_name(backbone, key)] = key
+        if key in expected or not backbone.startswith("p3d"):
+            names[our_name(backbone, key)] = key
     if missing := [key for key in expected if key not in shapes and not key.endswith(OPTIONAL)]:
         raise CheckpointError(
             f"{missing[0]} of shape {expected[missing[0]]} is not there, nor are {len(missing) - 1} more tensors of "
@@ -168,10 +169,10 @@ def match_backbone(backbone: BackboneName, shapes: Mapping[str, Shape]) -> dict[
     return names
 
 
-def _conversion_shape(key: str, shape: Shape, backbone: FoldedResNet) -> Shape | None:
+def _conversion_shape(name: BackboneName, key: str, shape: Shape, group_norm: bool) -> Shape | None:
     """That of a group transform or a dense one, for as many slices as it has; None: there is none."""
     match = re.fullmatch(r"(groupconv|conv3d_all)_([1-4])\.weight", key)
-    if not match or not backbone.keeps_z:
+    if not match or name.startswith("resnet2d"):
         return None
-    width, taps = backbone.out_channels[int(match[2]) - 1], shape[-3] if len(shape) >= 3 else 1
+    width, taps = _outline(name, group_norm).out_channels[int(match[2]) - 1], shape[-3] if len(shape) >= 3 else 1
     return (width, taps, 1, 1) if match[1] == "groupconv" else (width, width, taps, 1, 1)

@@ -136,8 +136,8 @@ def check_source(source: ModelConfig, target: ModelConfig) -> tuple[str, ...]:
             )
     if target.norm == "frozen_bn" and source.norm not in ("bn", "frozen_bn"):
         raise CheckpointError(
-            f"model.norm is frozen_bn, which never learns statistics, and the source has {source.norm}, which has none: "
-            "take a source with batch norm, or train with slice_gn or bn"
+            f"model.norm is frozen_bn, which never learns statistics, and the source has {source.norm}, which has "
+            "none: take a source with batch norm, or train with slice_gn or bn"
         )
     if source.strides.pool != target.strides.pool and not target.backbone.startswith("p3d"):
         return (

@@ -89,8 +89,8 @@ def use_winograd(model: nn.Module) -> None:
 
 
 def _is_plain(conv: nn.Conv2d) -> bool:
-    shape = (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups)
-    return shape == ((3, 3), (1, 1), (1, 1), (1, 1), 1)
+    shape = (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups, conv.padding_mode)
+    return shape == ((3, 3), (1, 1), (1, 1), (1, 1), 1, "zeros")
 
 
 def _both_axes(matrix: Float[Tensor, "o i"], x: Float[Tensor, "i i *rest"]) -> Float[Tensor, "o o *rest"]:
