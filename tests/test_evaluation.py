@@ -36,7 +36,7 @@ from mp3d.sample import Clip
 from tests.tiny import ct_shards, detector_config
 
 
-def result(z_index, true_boxes, boxes, scores, patient="p0", series="s0", types=(), instances=None):
+def result(z_index, true_boxes, boxes, scores, patient="p0", series="s0", types=(), instances=None, diameters=None):
     return KeySliceResult(
         patient=patient,
         series=series,
@@ -46,6 +46,7 @@ def result(z_index, true_boxes, boxes, scores, patient="p0", series="s0", types=
         true_labels=np.ones(len(true_boxes), dtype=np.int64),
         true_types=types or ("",) * len(true_boxes),
         true_instances=np.array(instances or [0] * len(true_boxes), dtype=np.int64),
+        true_diameters_mm=np.array(diameters or [np.nan] * len(true_boxes), dtype=np.float32),
         boxes=np.array(boxes, dtype=np.float32).reshape(-1, 4),
         scores=np.array(scores, dtype=np.float32),
         labels=np.ones(len(scores), dtype=np.int64),
@@ -180,6 +181,25 @@ def test_strata_of_kind_size_and_spacing():
         ("size", "10 to 30 mm"): (2, 0.5),
         ("slice spacing", "above 2 mm"): (3, pytest.approx(1 / 3)),
     }
+
+
+def test_strata_of_size_take_the_long_diameter_where_the_data_set_gives_one():
+    """Of 14 x 16 mm with its margin, the first lesion measures 8 mm; of the last the box is all that is known."""
+    results = [
+        result(4, [[10, 10, 30, 30]], [[10, 10, 30, 31]], [0.9], diameters=[8.0]),
+        result(9, [[50, 50, 70, 70], [80, 80, 90, 90]], [], [], patient="p1", diameters=[31.0, np.nan]),
+    ]
+
+    def sizes(of):
+        evaluation = evaluate_detector(Predictions("detection", of), num_replicates=100)
+        return {each.name: each.num_lesions for each in evaluation.strata if each.by == "size"}, evaluation.size_is
+
+    measured = "the long diameter that the data set gives"
+    assert sizes(results[:1]) == ({"below 10 mm": 1}, measured)
+    assert sizes([replace(results[0], true_diameters_mm=np.full(1, np.nan))])[1] == "the longer side of the box"
+    parts, told = sizes(results)
+    assert parts == {"below 10 mm": 2, "30 mm and more": 1}
+    assert told == f"{measured} for 2 of 3, else the longer side of the box"
 
 
 def test_a_centre_is_measured_in_millimetres():

@@ -53,6 +53,7 @@ def key_slice(index, detections, true_boxes=(LESION,)):
         labels=np.ones(len(table), dtype=np.int64),
         true_types=("lung",) * len(true_boxes),
         true_instances=np.ones(len(true_boxes), dtype=np.int64),
+        true_diameters_mm=np.full(len(true_boxes), 13, dtype=np.float32),
     )
 
 
@@ -186,6 +187,7 @@ def test_the_text_names_protocol_sample_and_purpose(page, evaluation):
     assert "soft tissue window −160 to 240 HU" in text  # of false positives, which have no kind
     assert "patient patient00 · series series01 · slice 11" in text
     assert "16 × 16 mm" in text
+    assert "size is the long diameter that the data set gives." in text
     assert '"lr": 0.02' in text
     assert "the threshold for 1 false positive per image, chosen on" in text
     assert "Research use only" in text

@@ -23,8 +23,7 @@ from mp3d.metrics.protocols import MP3D_PORT, PROTOCOLS, FrocProtocol
 from mp3d.operating_points import OperatingPoints
 
 SIZES_MM = (10.0, 30.0)
-"""Where lesions are parted by the longer side of their box. DeepLesion's papers part by the long RECIST diameter, which
-is shorter: its boxes have a margin of 5 pixels on each side."""
+"""Where lesions are parted by size, as DeepLesion's papers do it by the long RECIST diameter."""
 THIN_MM = 2.0
 """Slices that are not thicker count as thin (AlignShift)."""
 
@@ -88,6 +87,7 @@ class Evaluation:
         name: what was evaluated, e.g. the run's name.
         by_protocol: the judged protocol first.
         coco_ap: mean over the IoU thresholds 0.5 to 0.95; its interval is of the first ``COCO_REPLICATES`` resamples.
+        size_is: what size of a lesion the strata mean, in words.
         operating: what the thresholds chosen on the validation split do here; empty where there are none.
         provenance: where the numbers come from: digests of checkpoint and data, config, versions, date.
         comparisons: other models, or the same one fed otherwise, on the same slices.
@@ -101,6 +101,7 @@ class Evaluation:
     coco_ap: float
     coco_ap_interval: Interval
     strata: Sequence[Stratum]
+    size_is: str
     calibration: Calibration | None
     operating: Sequence[OperatingScore]
     results: Sequence[KeySliceResult]
@@ -175,6 +176,7 @@ def evaluate_detector(
             )
         ),
         strata=strata_of(results, main, num_replicates, seed),
+        size_is=_size_in_words(results),
         calibration=calibration(main.scores, ~main.is_false_positive) if len(main.scores) else None,
         operating=operating_scores(main, OperatingPoints.from_plain(points)) if points else (),
         results=results,
@@ -229,9 +231,9 @@ def operating_scores(matching: Matching, points: OperatingPoints) -> list[Operat
 
 
 def strata_of(results: Sequence[KeySliceResult], matching: Matching, num_replicates: int, seed: int) -> list[Stratum]:
-    """Sensitivity by kind of lesion (where it is known), by size and by slice spacing."""
+    """Sensitivity by kind of lesion (where it is known), by size (:func:`_sizes_mm`) and by slice spacing."""
     kinds = np.array([kind for result in results for kind in result.true_types])
-    sizes = np.concatenate([_longer_side_mm(result) for result in results])
+    sizes = np.concatenate([_sizes_mm(result) for result in results])
     spacings = np.concatenate([np.full(len(result.true_boxes), result.spacing_mm[0]) for result in results])
     small, large = SIZES_MM
     parts: list[tuple[str, str, Bool[np.ndarray, " t"]]] = [
@@ -259,6 +261,17 @@ def _scale(result: KeySliceResult) -> np.ndarray:
     return np.array([column_mm, row_mm, column_mm, row_mm])
 
 
-def _longer_side_mm(result: KeySliceResult) -> np.ndarray:
+def _sizes_mm(result: KeySliceResult) -> np.ndarray:
+    """Of each lesion its long diameter; where the data set gives none, the longer side of its box."""
     boxes = result.true_boxes * _scale(result)
-    return (boxes[:, 2:] - boxes[:, :2]).max(axis=1, initial=0)
+    sides = (boxes[:, 2:] - boxes[:, :2]).max(axis=1, initial=0)
+    return np.where(np.isnan(result.true_diameters_mm), sides, result.true_diameters_mm)
+
+
+def _size_in_words(results: Sequence[KeySliceResult]) -> str:
+    """What :func:`_sizes_mm` gives. The two differ: DeepLesion's boxes have a margin of 5 pixels on each side."""
+    known = ~np.isnan(np.concatenate([result.true_diameters_mm for result in results]))
+    if not known.any():
+        return "the longer side of the box"
+    measured = "the long diameter that the data set gives"
+    return measured if known.all() else f"{measured} for {known.sum()} of {len(known)}, else the longer side of the box"

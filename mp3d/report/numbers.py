@@ -45,6 +45,7 @@ def detection_numbers(evaluation: Evaluation) -> dict[str, Any]:
             }
             for each in evaluation.strata
         ],
+        "size_is": evaluation.size_is,
         "calibration": _calibration(evaluation.calibration),
         "operating_points": [vars(each) for each in evaluation.operating],
         "comparisons": {
