@@ -50,7 +50,7 @@ from mp3d.evaluation.prediction_file import RECORDS, Head
 from mp3d.models.stream import check_streamable
 from mp3d.operating_points import OperatingPoints, keep_operating_points, read_operating_points
 from mp3d.predict import best_mode
-from mp3d.report import write_case_report, write_report
+from mp3d.report import of_cases, write_case_report, write_report
 from mp3d.tracking import track_report
 
 SAMPLES_PER_TASK = 32
@@ -310,7 +310,8 @@ def print_case_scores(evaluation: CaseEvaluation, split: str) -> None:
     print(f"{len(evaluation.cases)} cases of split {split!r}")
     for name, value in evaluation.scores.items():
         spread = evaluation.intervals.get(name)
-        print(f"{name:<24}{value:>8.3f}" + (f" [{spread.low:.3f}, {spread.high:.3f}]" if spread else ""))
+        told = f", {of_cases(evaluation, name)}" if name in evaluation.num_defined else ""
+        print(f"{name:<24}{value:>8.3f}" + (f" [{spread.low:.3f}, {spread.high:.3f}]" if spread else "") + told)
     for name, other in evaluation.comparisons.items():
         print(f"{name}: {other.score} {other.value:.3f}, difference {other.difference:+.3f}, p = {other.p_value:.3f}")
 

@@ -19,6 +19,7 @@ from mp3d.evaluation import (
     chosen_threshold,
     classification_scores,
     evaluate_cases,
+    num_defined,
     segmentation_scores,
 )
 from mp3d.launch import run_training
@@ -167,6 +168,10 @@ def test_means_over_cases_and_over_voxels():
     assert scores["dice_per_case"] == 0.25
     assert scores["hausdorff_95_mm_1"] == scores["hausdorff_95_mm"] == 2
     assert np.isnan(scores["hausdorff_95_mm_2"])
+    assert num_defined(cases) == {
+        "dice_per_case": 2, "dice_per_case_1": 2, "dice_per_case_2": 1,
+        "hausdorff_95_mm": 2, "hausdorff_95_mm_1": 2, "hausdorff_95_mm_2": 0,
+    }  # fmt: skip
 
 
 def test_a_threshold_of_other_cases():

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from jobs.evaluate import print_case_scores
 from mp3d.evaluation import (
     ClassifiedCase,
     Evaluation,
@@ -275,6 +276,29 @@ def test_a_segmenter_has_a_report(tmp_path):
     assert "Dice 0.90" in text
     assert "liver, as answered" in text
     assert list(files.pictures) == ["dice"]
+
+
+def test_hd95_says_over_how_many_cases_it_is(tmp_path, capsys):
+    """Of four cases one has no answer and one no truth."""
+    undefined = (float("nan"),)
+    cases = [
+        SegmentedCase("p0", "s0", ((40, 100, 100),), (2.0,)),
+        SegmentedCase("p1", "s1", ((50, 100, 100),), (4.0,)),
+        SegmentedCase("p2", "s2", ((0, 0, 100),), undefined),
+        SegmentedCase("p3", "s3", ((0, 100, 0),), undefined),
+    ]
+    evaluation = evaluate_cases(Predictions("segmentation", cases), "livers", num_replicates=100)
+    files = write_case_report(tmp_path / "report.html", evaluation)
+    page = files.page.read_text(encoding="utf-8")
+    rows = {row[0]: row[1:] for row in table_rows(page)}
+    assert rows["HD95, mm"][::2] == ["3.000", "2 of 4 cases"]
+    assert rows["Dice per case"][2] == "4 of 4 cases"
+    assert rows["Dice over all voxels"][2] == ""
+    assert " ".join(Outline(page).text.split()).count("2 of 4 cases") == 2  # the headline says it too
+    numbers = json.loads((tmp_path / "metrics.json").read_text())
+    assert numbers["num_cases_defined"] == {"dice_per_case": 4, "hausdorff_95_mm": 2}
+    print_case_scores(evaluation, "test")
+    assert re.search(r"hausdorff_95_mm .*, 2 of 4 cases$", capsys.readouterr().out, re.M)
 
 
 def test_the_outline_is_drawn_on_the_true_mask():

@@ -9,6 +9,7 @@ from mp3d.evaluation.case_scores import (
     chosen_threshold,
     classification_scores,
     evaluate_cases,
+    num_defined,
     segmentation_scores,
 )
 from mp3d.evaluation.cases import CasePredictor, case_samples
@@ -54,6 +55,7 @@ __all__ = [
     "evaluate_cases",
     "evaluate_detector",
     "froc_of",
+    "num_defined",
     "predict_clips",
     "provenance_of",
     "read_predictions",

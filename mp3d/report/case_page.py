@@ -69,6 +69,7 @@ def write_case_report(
         evaluation=evaluation,
         names={name: _name(name, _class_names(evaluation)) for name in evaluation.scores},
         headline=headline,
+        of_cases={name: of_cases(evaluation, name) for name in evaluation.num_defined},
         figures={name: data_url(png) for name, png in figures.items()},
         sections=sections,
         classified=bool(classified),
@@ -80,6 +81,12 @@ def write_case_report(
         config=config,
     )
     return write_files(path, page, figures, case_numbers(evaluation), evaluation.scores)
+
+
+def of_cases(evaluation: CaseEvaluation, score: str) -> str:
+    """Over how many of the cases a score is the mean, in words."""
+    number = len(evaluation.cases)
+    return f"{evaluation.num_defined[score]} of {number} case{'s' if number != 1 else ''}"
 
 
 def _classifier_figures(evaluation: CaseEvaluation, cases: Sequence[ClassifiedCase]) -> dict[str, bytes]:
@@ -147,7 +154,7 @@ def _segmented_sections(
             masked = masked_slice_of(case)
             if masked is not None:
                 distances = [each for each in case.hausdorff_95_mm if each == each]
-                told = f"HD95 {max(distances):.1f} mm · " if distances else ""
+                told = f"HD95 {max(distances):.1f} mm · " if distances else "HD95 not defined · "
                 cards.append(_card(draw_masks(masked), f"Dice {value:.2f}", f"{told}slice {case.shown_slice}", case))
         sections.append({"title": title, "order": order, "total": len(ordered), "cards": cards})
     return sections

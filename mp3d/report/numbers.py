@@ -72,6 +72,7 @@ def case_numbers(evaluation: CaseEvaluation) -> dict[str, Any]:
         "head": evaluation.head,
         "metrics": {name: _defined(value) for name, value in evaluation.scores.items()},
         "metric_intervals": {name: _interval(spread) for name, spread in evaluation.intervals.items()},
+        "num_cases_defined": dict(evaluation.num_defined),
         "threshold_from": evaluation.threshold_from,
         "num_cases": len(evaluation.cases),
         "num_patients": evaluation.num_patients,
