@@ -7,7 +7,7 @@ Boxes on neighbouring slices are grouped into lesions. Writes into --out:
 
     findings.json     model, threshold and protocol; of each series its lesions, with place and size in mm; refusals
     findings.csv      a row a lesion
-    pictures/         a picture a lesion, with a scale
+    pictures/         a picture a lesion, with a scale and a caption
 
 Exit code 0 where everything was read, 5 where more was refused than --allowed-rejects, 3 where nothing could be read.
 """
@@ -21,8 +21,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from mp3d import cli
 from mp3d.actors import answers_of_actors
 from mp3d.checkpoint import Checkpoint, open_checkpoint
@@ -35,7 +33,7 @@ from mp3d.errors import DataError, Refusal
 from mp3d.findings import Lesion, group_findings
 from mp3d.operating_points import reporting_threshold
 from mp3d.predict import Predictor, detection_head
-from mp3d.report.figures import draw_findings
+from mp3d.report.figures import draw_finding
 from mp3d.serving.engine import silent_pydicom
 from mp3d.serving.schema import RESEARCH_USE_ONLY
 
@@ -156,14 +154,10 @@ class SeriesActor:
     def _draw(self, series: int, volume: Volume, lesions: Sequence[Lesion]) -> dict[int, str]:
         folder = Path(self.config.out) / "pictures"
         drawn = {}
-        for number, lesion in enumerate(lesions[: self.config.max_pictures], 1):
+        for number in range(1, min(len(lesions), self.config.max_pictures) + 1):
             folder.mkdir(parents=True, exist_ok=True)
             name = f"series_{series:04d}_lesion_{number:02d}.png"
-            index = lesion.best.slice_index
-            others = [each for other in lesions for each in other.findings if each.slice_index == index]
-            boxes = np.array([each.box_px for each in others], np.float32)
-            scores = np.array([each.score for each in others], np.float32)
-            png = draw_findings(volume, index, np.array(lesion.best.box_px), boxes, scores)
+            png = draw_finding(volume, lesions, number)
             (folder / name).touch(mode=PRIVATE)
             (folder / name).write_bytes(png)
             drawn[number] = f"pictures/{name}"

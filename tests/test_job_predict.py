@@ -105,7 +105,7 @@ def test_a_planted_ball_is_found_where_it_was_planted(checkpoint: Path, tmp_path
         assert distance <= 7.5
         assert finding["sop_instance_uid"].endswith(f".{finding['slice_index'] + 1}")
     with Image.open(checkpoint.parent / "out" / lesion["picture"]) as picture:
-        assert picture.size == (800, 400)
+        assert picture.size == (800, 430)
 
 
 @pytest.mark.parametrize("ending", [".nii.gz", ".nrrd", ".mha"])

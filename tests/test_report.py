@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from jobs.evaluate import print_case_scores
+from mp3d.data.series import Volume
 from mp3d.evaluation import (
     ClassifiedCase,
     Evaluation,
@@ -21,10 +22,19 @@ from mp3d.evaluation import (
     evaluate_cases,
     evaluate_detector,
 )
+from mp3d.findings import group_findings
 from mp3d.metrics.protocols import MP3D_PORT
+from mp3d.predict import Finding
 from mp3d.report import write_case_report, write_report
 from mp3d.report.case_figures import draw_masks
-from mp3d.report.figures import TRUE_COLOUR, draw_key_slice
+from mp3d.report.figures import (
+    FOUND_COLOUR,
+    OTHER_COLOUR,
+    TRUE_COLOUR,
+    draw_finding,
+    draw_key_slice,
+    finding_caption,
+)
 from mp3d.report.gallery import choose_exhibits
 from mp3d.report.windows import BONE, LIVER, LUNG, SOFT_TISSUE, display_window
 
@@ -310,6 +320,35 @@ def test_the_outline_is_drawn_on_the_true_mask():
     rows, columns = np.nonzero(np.abs(pixels - wanted).sum(axis=2) < 80)
     scale = pixels.shape[0] / 48  # the square around what is marked, 48 pixels wide
     assert (np.ptp(columns) / scale, np.ptp(rows) / scale) == (pytest.approx(20, abs=1), pytest.approx(20, abs=1))
+
+
+def coloured(pixels: np.ndarray, colour: str) -> np.ndarray:
+    """Where a picture has a colour."""
+    wanted = np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)])
+    return np.abs(pixels.astype(int) - wanted).sum(axis=2) < 60
+
+
+def test_the_picture_of_a_finding_marks_which_box_is_meant():
+    """Two lesions on one slice: the one that the picture is of is bold, the other thin and of another colour."""
+    volume = Volume(np.stack([ct_slice()] * 9), np.diag([0.8, 0.8, 2.5, 1]))
+    boxes = {LESION: 0.9, ELSEWHERE: 0.6}
+    nowhere = (0.0, 0.0, 0.0)
+    findings = [Finding(box, 4, (nowhere,) * 4, nowhere, 16.0, score, 1) for box, score in boxes.items()]
+    lesions = group_findings(findings, volume, 2.5)
+    for number, box in enumerate(boxes, 1):
+        with Image.open(BytesIO(draw_finding(volume, lesions, number))) as picture:
+            assert picture.size == (800, 430)
+            pixels = np.asarray(picture.convert("RGB"))
+        assert (pixels[405:] > 200).any()  # the caption
+        x1, _, x2, y2 = np.array(box) * 400 / 96  # in the whole slice, the left half of the picture
+        below = (slice(int(y2) - 4, int(y2) + 4), slice(int(x1) + 10, int(x2) - 10))
+        assert coloured(pixels[below], FOUND_COLOUR).any()
+        assert not coloured(pixels[below], OTHER_COLOUR).any()
+        marked = [int(coloured(pixels[:400, :400], colour).sum()) for colour in (FOUND_COLOUR, OTHER_COLOUR)]
+        assert marked[0] > 1.5 * marked[1] > 0
+    assert finding_caption(volume, lesions[1], 2, SOFT_TISSUE) == (
+        "lesion 2 · slice 4 of 0–8 · score 0.60 · 16 × 16 × 2 mm (x, y, z) · soft tissue window −160 to 240 HU"
+    )
 
 
 def test_exhibits_say_why_a_lesion_was_missed():
