@@ -82,8 +82,10 @@ def evaluate(config: EvaluateConfig, *, dry_run: bool) -> int:
     shards = open_shards(config.shards) if config.shards else None
     if config.predictions is not None:
         predictions = read_predictions(Path(config.predictions))
+        config = config.override({"split": predictions.split or config.split})
         if dry_run:
-            cli.print_plan({"predictions": config.predictions, "records": len(predictions.records), "out": config.out})
+            plan = {"predictions": config.predictions, "split": config.split, "records": len(predictions.records)}
+            cli.print_plan({**plan, "out": config.out})
             return 0
         report(config, predictions, predictions.provenance.get("run", "predictions"), others, shards)
         return 0
@@ -193,6 +195,8 @@ def report(
             raise DataError(f"{other_name!r} is of a {other.head} head, the judged one of a {predictions.head} head")
     records = {other_name: other.records for other_name, other in others.items()}
     path, pictures = Path(config.out) / "report.html", Pictures(shards, config.split) if shards else None
+    if pictures is not None:
+        pictures.check_holds(predictions.records)
     if predictions.head == "detection":
         evaluation = evaluate_detector(predictions, name, records, config.replicates, config.seed)
         files = write_report(path, evaluation, pictures.key_slice if pictures else None)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -337,6 +338,26 @@ def test_predictions_are_judged_again_without_the_checkpoint(slab_run: EvaluateC
     (comparison,) = second["comparisons"].values()
     assert (comparison["difference"], comparison["p_value"]) == (0, 1)
     assert second["provenance"]["checkpoint"] == open_checkpoint(slab_run.checkpoint or "").digest
+
+
+def test_predictions_are_of_the_split_that_their_file_names(
+    slab_run: EvaluateConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    """Judged again beside the shards, with nothing said of the split, those of val find their pictures in val."""
+    of_val = slab_run.override({"split": "val", "streamed": False, "out": str(tmp_path / "val")})
+    assert evaluate(of_val, dry_run=False) == 0
+    file = str(tmp_path / "val" / "predictions.parquet")
+    again = EvaluateConfig(predictions=file, shards=slab_run.shards, out=str(tmp_path / "again"), runner="local")
+    assert evaluate(again, dry_run=False) == 0
+    page = (tmp_path / "again" / "report.html").read_text()
+    assert "Their slices are not at hand" not in page
+    assert page.count("close-up") == (tmp_path / "val" / "report.html").read_text().count("close-up") > 0
+    capsys.readouterr()
+    assert evaluate(again, dry_run=True) == 0
+    assert re.search(r"split +val\n", capsys.readouterr().out)
+    elsewhere = again.override({"shards": str(ct_shards(tmp_path / "others", id_key=b"another" * 4))})
+    with pytest.raises(DataError, match="split 'val' of .* holds nothing that the predictions are of"):
+        evaluate(elsewhere, dry_run=False)
 
 
 def test_every_slice_of_searched_series_is_judged(slab_run: EvaluateConfig, tmp_path: Path):

@@ -37,7 +37,7 @@ class EvaluateConfig(Config):
     shards: str | None = None
     """Folder that ``jobs/prepare.py`` wrote; beside ``predictions`` only for the report's pictures."""
     predictions: str | None = None
-    """A predictions.parquet to judge in place of a checkpoint."""
+    """A predictions.parquet to judge in place of a checkpoint; the split is the one that it is of."""
     compare: str | None = None
     """The predictions.parquet of another model on the same slices or cases: both side by side, with a paired test."""
     split: str = "test"

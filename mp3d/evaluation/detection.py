@@ -190,12 +190,12 @@ def evaluate_detector(
         lesions_3d=judge_lesions_3d(predictions, num_replicates, seed) if predictions.slices == "all" else None,
         num_replicates=num_replicates,
         slices=predictions.slices,
-        chosen_on=_chosen_on(OperatingPoints.from_plain(points), predictions.provenance) if points else "",
+        chosen_on=_chosen_on(OperatingPoints.from_plain(points), predictions) if points else "",
     )
 
 
-def _chosen_on(points: OperatingPoints, provenance: Mapping[str, str]) -> str:
-    judged = provenance.get("data manifest"), provenance.get("data set", "").rpartition("split ")[2]
+def _chosen_on(points: OperatingPoints, predictions: Predictions) -> str:
+    judged = predictions.provenance.get("data manifest"), predictions.split
     these = ", the very slices that are judged here" if judged == (points.data, points.split) else ""
     return f"{points.num_images} slices of split {points.split!r}{these}"
 

@@ -77,6 +77,11 @@ class Predictions:
     grid_spacing_mm: float | None = None
     operating_point: Mapping[str, Any] | None = None
 
+    @property
+    def split(self) -> str | None:
+        """The split that was judged, as the provenance has it."""
+        return self.provenance.get("data set", "").rpartition("split ")[2] or None
+
 
 def write_predictions(path: Path, predictions: Predictions) -> Path:
     """Write or replace the file, whole or not at all."""
