@@ -235,6 +235,17 @@ def test_without_pixels_there_are_numbers_but_no_pictures(tmp_path):
     assert set(files.pictures) == {"froc", "protocols", "strata", "calibration"}
 
 
+@pytest.mark.parametrize(("number", "told"), [(300, True), (200, False), (100, False)])
+def test_the_interval_of_cocos_ap_says_of_how_many_resamples_it_is(tmp_path, number: int, told: bool):
+    of = evaluate_detector(Predictions("detection", [key_slice(0, [(*LESION, 0.9)])]), num_replicates=number)
+    page = write_report(tmp_path / "report.html", of).page.read_text(encoding="utf-8")
+    text = " ".join(Outline(page).text.split())
+    assert ("is of the first 200 of them" in text) == told
+    assert (", 200 resamples" in text) == told
+    numbers = json.loads((tmp_path / "metrics.json").read_text())
+    assert (numbers["intervals"]["replicates"], numbers["ap50_95_replicates"]) == (number, min(number, 200))
+
+
 def test_with_nothing_detected_the_report_still_stands(tmp_path):
     silent = evaluate_detector(Predictions("detection", [key_slice(0, [])]), num_replicates=100)
     page = write_report(tmp_path / "report.html", silent, lambda _: ct_slice()).page.read_text(encoding="utf-8")

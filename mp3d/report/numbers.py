@@ -34,6 +34,7 @@ def detection_numbers(evaluation: Evaluation) -> dict[str, Any]:
         "ap50_interval": _interval(evaluation.ap50_interval),
         "ap50_95": evaluation.coco_ap,
         "ap50_95_interval": _interval(evaluation.coco_ap_interval),
+        "ap50_95_replicates": evaluation.coco_replicates,
         "strata": [
             {
                 "by": each.by,
