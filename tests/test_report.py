@@ -151,6 +151,17 @@ def test_the_page_is_self_contained(page):
     assert {"charset": "utf-8"} in outline.all("meta")
 
 
+def test_on_paper_no_table_is_cut(page):
+    """Nothing can be scrolled to there: tables are not clipped and their cells may wrap, whatever the screen has."""
+    style = page.split("<style>")[1].split("</style>")[0]
+    before, printed = style.split("@media print {")
+    for rule in (".scroll, pre { overflow: visible; }", "th, td { padding: .3rem .4rem; white-space: normal; }"):
+        assert rule in printed
+    assert ".scroll { overflow-x: auto; }" in before  # and what comes later wins
+    assert printed.count("{") == printed.count("}") - 1
+    assert printed.rstrip().endswith("}\n}")
+
+
 def test_every_picture_opens_and_has_an_alt_text(page):
     images = Outline(page).all("img")
     assert len(images) == 4 + 6 + 3 + 6  # figures, found, missed, false positives

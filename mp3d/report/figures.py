@@ -217,11 +217,12 @@ def _label_ends(axes: Axes, curves: Mapping[str, FrocResult]) -> None:
     lowest_free = 0.0
     for name in sorted(curves, key=lambda name: heights[name]):
         text = fill(name, 24, max_lines=3)
-        height = max(heights[name], lowest_free)
+        half = 0.03 * (1 + text.count("\n"))
+        height = max(heights[name], lowest_free + half)
         axes.annotate(
             text, (1.015, height), xycoords=("axes fraction", "data"), color=colours[name], fontsize=10, va="center"
         )
-        lowest_free = height + 0.06 * (1 + text.count("\n"))
+        lowest_free = height + half
 
 
 def _visible(curve: FrocResult, last_tick: float) -> tuple[np.ndarray, np.ndarray]:
