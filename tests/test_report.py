@@ -3,6 +3,7 @@
 import base64
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from io import BytesIO
 
@@ -389,6 +390,23 @@ def test_exhibits_say_why_a_lesion_was_missed():
         13: ("missed: no detection there", None),
     }
     assert [each.iou for each in gallery.false_positives] == pytest.approx([100 / 700, 0])
+
+
+def test_of_several_near_misses_of_a_lesion_one_is_shown():
+    """On two slices of one lesion five boxes lie around it, beside one that lies elsewhere; all of them are counted."""
+    x1, y1, x2, y2 = LESION
+    around = [(x1 - 12, y1, x2 - 12, y2, 0.8), (x1 + 12, y1, x2 + 12, y2, 0.9), (x1, y1 - 12, x2, y2 - 12, 0.6)]
+    first = key_slice(0, [*around, (*ELSEWHERE, 0.7)])
+    second = replace(first, z_index=11, boxes=first.boxes[1:3], scores=first.scores[1:3], labels=first.labels[1:3])
+    gallery = choose_exhibits([first, second], threshold=0.5, protocol=MP3D_PORT)
+    assert [(each.score, each.verdict) for each in gallery.false_positives] == [
+        (pytest.approx(0.9), "false positive, best of 5 around one lesion"),
+        (pytest.approx(0.7), "false positive"),
+    ]
+    assert gallery.num_false_positives == 6
+    unknown = [replace(each, true_instances=np.zeros(1, np.int64)) for each in (first, second)]  # two lesions, maybe
+    gallery = choose_exhibits(unknown, threshold=0.5, protocol=MP3D_PORT)
+    assert [each.score for each in gallery.false_positives] == pytest.approx([0.9, 0.9, 0.7])
 
 
 def test_exhibits_prefer_different_series():

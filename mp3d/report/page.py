@@ -79,7 +79,7 @@ def _sections(evaluation: Evaluation, threshold: float, pixels_of: PixelsOf | No
         ("Missed", "largest first", gallery.num_missed, gallery.missed, "No lesion was missed."),
         (
             "False positives",
-            "most confident first",
+            "most confident first, of those around one lesion the most confident",
             gallery.num_false_positives,
             gallery.false_positives,
             "There was no false positive.",
