@@ -26,7 +26,7 @@ from mp3d.evaluation import (
 from mp3d.findings import group_findings
 from mp3d.metrics.protocols import MP3D_PORT
 from mp3d.predict import Finding
-from mp3d.report import write_case_report, write_report
+from mp3d.report import case_figures, write_case_report, write_report
 from mp3d.report.case_figures import draw_masks
 from mp3d.report.figures import (
     FOUND_COLOUR,
@@ -332,6 +332,63 @@ def test_hd95_says_over_how_many_cases_it_is(tmp_path, capsys):
     assert numbers["num_cases_defined"] == {"dice_per_case": 4, "hausdorff_95_mm": 2}
     print_case_scores(evaluation, "test")
     assert re.search(r"hausdorff_95_mm .*, 2 of 4 cases$", capsys.readouterr().out, re.M)
+
+
+@pytest.fixture
+def figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures of cases stay figures, so that a test can look at their parts."""
+    monkeypatch.setattr(case_figures, "png_bytes", lambda figure: figure)
+
+
+@pytest.mark.usefixtures("figures")
+def test_counts_of_twenty_classes_can_be_read():
+    """On the page, where a wide figure has 54 rem, letters are as tall as the page's small print, 9 pixels at least."""
+    labels = np.arange(400) % 20
+    figure = case_figures.draw_confusion(np.roll(labels, 7), labels, ["monarch butterfly"] * 20)
+    figure.draw_without_rendering()
+    (axes,) = figure.axes
+    scale = 54 * 16 / figure.get_figwidth()
+    assert min(text.get_fontsize() for text in [*axes.texts, *axes.get_xticklabels()]) / 72 * scale >= 9
+    assert axes.get_position().width * 54 * 16 / 20 > 24  # a count of three digits
+
+
+def test_the_figure_of_many_classes_is_a_wide_one(tmp_path):
+    for number, wide in ((2, False), (20, True)):
+        cases = [ClassifiedCase(f"p{i}", f"s{i}", i % number, tuple(np.eye(number)[i % number])) for i in range(40)]
+        evaluation = evaluate_cases(Predictions("classification", cases), "run", num_replicates=100)
+        page = write_case_report(tmp_path / f"{number}.html", evaluation).page.read_text(encoding="utf-8")
+        (shown,) = [
+            of["class"] for tag, of in Outline(page).elements if tag == "figure" and of.get("id") == "confusion"
+        ]
+        assert ("narrow" not in shown) == wide
+
+
+@pytest.mark.usefixtures("figures")
+@pytest.mark.parametrize("number", [1, 2, 30])
+def test_cases_are_counted_in_whole_numbers(number: int):
+    cases = [SegmentedCase(f"p{i}", f"s{i}", ((40, 100, 90),), (1.0,)) for i in range(number)]
+    figure = case_figures.draw_dice(cases, ["liver"])
+    figure.draw_without_rendering()
+    ranked, sized = figure.axes
+    low, high = ranked.get_xlim()
+    ticks = [tick for tick in ranked.get_xticks() if low <= tick <= high]
+    assert ticks
+    assert all(tick == round(tick) for tick in ticks)
+    assert sized.get_xlim() == pytest.approx((9, 110))  # a whole decade
+
+
+@pytest.mark.usefixtures("figures")
+def test_the_roc_figure_has_a_curve_for_every_run():
+    labels = np.arange(20) % 2
+    scores = np.linspace(0, 1, 20)
+    patients = [str(number) for number in range(20)]
+    figure = case_figures.draw_roc(scores, labels, patients, 0.5, 0.55, {"other, AUC 0.450": 1 - scores})
+    (axes,) = figure.axes
+    curves = {line.get_label(): line for line in axes.lines}
+    assert "AUC 0.550" in curves
+    x, y = curves["other, AUC 0.450"].get_data()
+    assert (x[0], y[0], x[-1], y[-1]) == (0, 0, 1, 1)
+    assert np.trapezoid(y, x) == pytest.approx(0.45)
 
 
 def test_the_outline_is_drawn_on_the_true_mask():

@@ -57,13 +57,14 @@ class CaseEvaluation:
 
 @dataclass(frozen=True)
 class CaseComparison:
-    """Another model: its value of ``score``, the difference from the judged one, and the chance of it."""
+    """Another model: its value of ``score``, the difference from the judged one, the chance of it, and its answers."""
 
     score: str
     value: float
     difference: float
     interval: Interval
     p_value: float
+    cases: Sequence[Case] = field(compare=False, repr=False)
 
 
 def evaluate_cases(
@@ -156,7 +157,8 @@ def _compared(
     doubled = (np.concatenate([1 - swap, swap], axis=1), np.concatenate([swap, 1 - swap], axis=1))
     first, second = (case_replicates(both, of, None)[score] for of in doubled)
     as_large = int((np.abs(second - first) >= abs(difference) - 1e-12).sum())
-    return CaseComparison(score, float(value), difference, interval(spread), (1 + as_large) / (1 + len(weights)))
+    p_value = (1 + as_large) / (1 + len(weights))
+    return CaseComparison(score, float(value), difference, interval(spread), p_value, others)
 
 
 def _ranked(cases: Sequence[Case]) -> Sequence[Case]:
