@@ -14,6 +14,7 @@ are chosen on the validation split and kept beside the checkpoint.
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,8 @@ from mp3d.tracking import track_report
 
 SAMPLES_PER_TASK = 32
 CASES_PER_TASK = 4
+OF_WHOLE_SERIES: tuple[Variant, ...] = ("streamed",)
+"""Variants that read a series through for its key slices."""
 
 
 @dataclass(frozen=True)
@@ -224,9 +227,9 @@ def on_ray(config: EvaluateConfig, head: Head, parts: Sequence[Part]) -> dict[tu
     """Ray Data: a pool of actors that hold the model; tasks come ordered by variant and split."""
     per_task = SAMPLES_PER_TASK if head == "detection" and config.slices == "key" else CASES_PER_TASK
     tasks = [
-        {"variant": p.variant, "split": p.split, "start": start, "stop": min(start + per_task, len(p.samples))}
+        {"variant": p.variant, "split": p.split, "start": start, "stop": stop}
         for p in parts
-        for start in range(0, len(p.samples), per_task)
+        for start, stop in pieces(p, per_task)
     ]
     answers: dict[tuple[str, str], list[Record]] = {(p.variant, p.split): [] for p in parts}
     rows = answers_of_actors(
@@ -242,6 +245,16 @@ def on_ray(config: EvaluateConfig, head: Head, parts: Sequence[Part]) -> dict[tu
         if done % SAMPLES_PER_TASK == 0:
             print(f"{done} answered", flush=True)
     return answers
+
+
+def pieces(part: Part, per_task: int) -> list[tuple[int, int]]:
+    """Where the samples of a part begin and end that make a task; series that are read as a whole are not cut."""
+    starts = [0]
+    for place in range(1, len(part.samples)):
+        goes_on = part.variant in OF_WHOLE_SERIES and part.samples[place].entry == part.samples[place - 1].entry
+        if place - starts[-1] >= per_task and not goes_on:
+            starts.append(place)
+    return list(pairwise([*starts, len(part.samples)]))
 
 
 class PredictionActor:

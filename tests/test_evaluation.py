@@ -11,10 +11,11 @@ import pytest
 import torch
 from torch import nn
 
-from jobs.evaluate import evaluate
+from jobs.evaluate import Part, evaluate, pieces
 from mp3d.checkpoint import STREAMING, open_checkpoint, save_checkpoint
 from mp3d.config import ClipConfig, EvaluateConfig
 from mp3d.data.batches import Batch, SliceInfo
+from mp3d.data.samples import Sample
 from mp3d.data.shard import decode_image, open_shards
 from mp3d.errors import ConfigError, DataError
 from mp3d.evaluation import (
@@ -273,9 +274,9 @@ def test_streamed_answers_are_those_of_the_whole_series(slab_run: EvaluateConfig
         np.testing.assert_allclose(result.boxes, expected["boxes"], rtol=1e-4, atol=1e-3)
 
 
-@pytest.mark.parametrize(("spacing_mm", "passes"), [(2.5, 1), (5.0, 1), (2.0, 4), (1.0, 4)])
-def test_a_series_is_streamed_once_for_all_key_slices_on_one_grid(spacing_mm: float, passes: int):
-    """A grid of 2.5 mm meets every fifth slice, at 1 mm and at 2 mm: slices 3, 8 and 13 share one."""
+@pytest.mark.parametrize("spacing_mm", [0.7, 1.0, 2.0, 2.5, 5.0])
+def test_a_series_is_streamed_once_for_all_its_key_slices(spacing_mm: float):
+    """On the grid that begins at its first slice; each key slice has the answer of the position nearest to it."""
 
     class Centred(Predictor):
         def answers(self, hu, grid, at_once=None):
@@ -284,10 +285,24 @@ def test_a_series_is_streamed_once_for_all_key_slices_on_one_grid(spacing_mm: fl
 
     grids = []
     predictor = Centred(BrightestSlice(), ClipConfig(), 0.5, CPU)
-    wanted = [3, 4, 8, 12, 13, 15]
+    wanted = [0, 3, 4, 8, 12, 13, 15, 19]
     answers = answers_for(predictor, np.zeros((20, 4, 4), np.int16), spacing_mm, wanted)
-    assert {number: float(answer["scores"]) for number, answer in answers.items()} == {n: n for n in wanted}
-    assert len(grids) == passes
+    (grid,) = grids
+    assert grid.positions[0] == 0
+    assert list(answers) == wanted
+    for number, answer in answers.items():
+        distances = np.abs(grid.positions - number)
+        assert abs(float(answer["scores"]) - number) == pytest.approx(distances.min())
+        assert distances.min() * spacing_mm <= 2.5 / 2 or number == 19  # beyond the last position
+
+
+def test_tasks_cut_no_series_that_is_streamed(slab_run: EvaluateConfig):
+    (first, second, *_) = open_shards(slab_run.shards or "").entries
+    samples = [Sample(first, row) for row in range(5)] + [Sample(second, row) for row in range(2)]
+    assert pieces(Part("trained", "val", samples), 3) == [(0, 3), (3, 6), (6, 7)]
+    assert pieces(Part("streamed", "val", samples), 3) == [(0, 5), (5, 7)]
+    assert pieces(Part("streamed", "val", samples), 1) == [(0, 5), (5, 7)]
+    assert pieces(Part("streamed", "val", samples), 9) == [(0, 7)]
 
 
 def test_evaluating_writes_down_what_streaming_costs(slab_run: EvaluateConfig, capsys: pytest.CaptureFixture[str]):

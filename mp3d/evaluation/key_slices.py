@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from mp3d.checkpoint import Checkpoint, open_checkpoint
 from mp3d.config import EvaluateConfig
 from mp3d.data.batches import Batch, ClipDataset, SliceInfo, evaluation_batches, read_clip, slice_truth
-from mp3d.data.clips import series_grid, stored_slices
+from mp3d.data.clips import series_grid
 from mp3d.data.samples import Sample, annotated_samples
 from mp3d.data.series import Volume
 from mp3d.data.shard import ShardSet, decode_image, open_shards
@@ -157,19 +157,14 @@ class KeySlicePredictor:
 def answers_for(
     predictor: Predictor, hu: Int16[np.ndarray, "n h w"], slice_spacing_mm: float, slices: Sequence[int]
 ) -> dict[int, Prediction]:
-    """What a predictor of whole series says of some slices, each of which is on the grid when it is asked about: the
-    series is gone through once for all that lie on one grid.
+    """What a predictor of whole series says of some slices: the answer of the grid position nearest to each, where it
+    lies on the grid on which a series without labels is read. The series is gone through once.
     """
-    answers = {}
-    for wanted in slices:
-        if wanted in answers:
-            continue
-        grid = series_grid(len(hu), slice_spacing_mm, predictor.clip, through=wanted)
-        on_grid = stored_slices(grid.positions)
-        for index, prediction in enumerate(chain.from_iterable(predictor.answers(hu, grid))):
-            if on_grid.get(index) in slices:
-                answers[on_grid[index]] = prediction
-    return answers
+    grid = series_grid(len(hu), slice_spacing_mm, predictor.clip)
+    wanted = {grid.index_of(number) for number in slices}
+    answers = enumerate(chain.from_iterable(predictor.answers(hu, grid)))
+    kept = {index: prediction for index, prediction in answers if index in wanted}
+    return {number: kept[grid.index_of(number)] for number in slices}
 
 
 class SeriesPredictor:
