@@ -45,18 +45,19 @@ from mp3d.evaluation import (
     froc_of,
     provenance_of,
     read_predictions,
+    streaming_loss,
     write_predictions,
 )
 from mp3d.evaluation.prediction_file import RECORDS, Head
 from mp3d.models.stream import check_streamable
 from mp3d.operating_points import OperatingPoints, keep_operating_points, read_operating_points
-from mp3d.predict import best_mode
+from mp3d.predict import best_mode, trained_mode
 from mp3d.report import of_cases, write_case_report, write_report
 from mp3d.tracking import track_report
 
 SAMPLES_PER_TASK = 32
 CASES_PER_TASK = 4
-OF_WHOLE_SERIES: tuple[Variant, ...] = ("streamed",)
+OF_WHOLE_SERIES: tuple[Variant, ...] = ("unstreamed", "streamed")
 """Variants that read a series through for its key slices."""
 
 
@@ -119,14 +120,11 @@ def evaluate(config: EvaluateConfig, *, dry_run: bool) -> int:
         operating_point=point,
     )
     write_predictions(Path(config.out) / "predictions.parquet", predictions)
-    variants = {p.variant: Predictions(head, answers[p.variant, p.split]) for p in parts if p.variant != "trained"}
-    evaluation = report(config, predictions, checkpoint.config.name, {**variants, **others}, shards)
-    if config.streamed and isinstance(evaluation, Evaluation) and config.max_clips is not None:
-        print("note: how whole series are read stays as it is: --max-clips judges only some of the slices")
-    elif config.streamed and isinstance(evaluation, Evaluation):
-        streamed = evaluation.comparisons["streamed"].froc.mean_sensitivity
-        checkpoint.record_streaming(evaluation.froc.mean_sensitivity, streamed, predictions.provenance)
-        print(f"whole series are read in mode {best_mode(checkpoint)} from now on")
+    shown = [p for p in parts if p.split == config.split and p.variant not in ("trained", "unstreamed")]
+    variants = {p.variant: Predictions(head, answers[p.variant, p.split]) for p in shown}
+    report(config, predictions, checkpoint.config.name, {**variants, **others}, shards)
+    if config.streamed:
+        keep_streaming_loss(config, checkpoint, shards, answers)
     return 0
 
 
@@ -153,10 +151,13 @@ def planned(config: EvaluateConfig, checkpoint: Checkpoint, shards: ShardSet) ->
         raise ConfigError(
             "choose_on is 'test'; thresholds are chosen on other slices than those that are reported: val"
         )
-    whole = config.slices == "key" and config.max_clips is None
-    to_choose = whole and config.split != config.choose_on and not read_operating_points(checkpoint)
-    if to_choose and (validation := _validation_samples(config, shards)):
-        parts.append(Part("trained", config.choose_on, validation))
+    if config.slices == "key" and config.max_clips is None:
+        variants: list[Variant] = [] if read_operating_points(checkpoint) else ["trained"]
+        variants += ["unstreamed", "streamed"] if config.streamed else []
+        there = {(part.variant, part.split) for part in parts}
+        wanted = [variant for variant in variants if (variant, config.choose_on) not in there]
+        validation = _validation_samples(config, shards) if wanted else []
+        parts += [Part(variant, config.choose_on, validation) for variant in wanted if validation]
     return parts
 
 
@@ -164,7 +165,7 @@ def _validation_samples(config: EvaluateConfig, shards: ShardSet) -> list[Sample
     try:
         return detection_samples(config, shards, config.choose_on)
     except DataError as error:
-        print(f"no operating points are chosen: {error}")
+        print(f"nothing is chosen on split {config.choose_on!r}: {error}")
         return []
 
 
@@ -187,6 +188,34 @@ def chosen_on_validation(
         print(f"operating points chosen on {points.num_images} slices of split {points.split!r}, kept beside the model")
     points = read_operating_points(checkpoint)
     return points.as_plain() if points else None
+
+
+def keep_streaming_loss(
+    config: EvaluateConfig, checkpoint: Checkpoint, shards: ShardSet, answers: dict[tuple[str, str], list[Record]]
+) -> None:
+    """Beside the checkpoint, what streaming costs on the validation split."""
+    unstreamed, streamed = (answers.get((variant, config.choose_on)) for variant in OF_WHOLE_SERIES)
+    if unstreamed is None or streamed is None:
+        why = "--max-clips judges only some of the slices" if config.max_clips else "nothing was judged for it"
+        print(f"note: how whole series are read stays as it is: {why}")
+        return
+    mode = trained_mode(checkpoint.config.clip)
+    loss = streaming_loss(
+        unstreamed,  # type: ignore[arg-type]
+        streamed,  # type: ignore[arg-type]
+        mode=mode,
+        split=config.choose_on,
+        data=shards.digest,
+        num_replicates=config.replicates,
+        seed=config.seed,
+    )
+    checkpoint.record_streaming(loss, provenance_of(checkpoint, shards, config.override({"split": loss.split})))
+    low, high = loss.interval
+    print(
+        f"streaming costs {loss.mean_sensitivity_lost:+.3f} [{low:+.3f}, {high:+.3f}] of the mean sensitivity "
+        f"{loss.mean_sensitivity:.3f} in mode {mode}, on {loss.num_key_slices} key slices of split {loss.split!r}; "
+        f"whole series are read in mode {best_mode(checkpoint)} from now on"
+    )
 
 
 def report(

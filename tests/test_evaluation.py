@@ -16,6 +16,7 @@ from mp3d.checkpoint import STREAMING, open_checkpoint, save_checkpoint
 from mp3d.config import ClipConfig, EvaluateConfig
 from mp3d.data.batches import Batch, SliceInfo
 from mp3d.data.samples import Sample
+from mp3d.data.series import Volume
 from mp3d.data.shard import decode_image, open_shards
 from mp3d.errors import ConfigError, DataError
 from mp3d.evaluation import (
@@ -26,6 +27,7 @@ from mp3d.evaluation import (
     answers_for,
     detection_samples,
     evaluate_detector,
+    froc_of,
     predict_clips,
     without_context,
 )
@@ -311,11 +313,53 @@ def test_evaluating_writes_down_what_streaming_costs(slab_run: EvaluateConfig, c
     checkpoint = open_checkpoint(slab_run.checkpoint)
     found = json.loads((checkpoint.path / STREAMING).read_text())
     metrics = json.loads((Path(slab_run.out) / "metrics.json").read_text())
-    assert found["mean_sensitivity"] == metrics["froc"]["mean_sensitivity"]
-    assert found["mean_sensitivity_streamed"] == metrics["comparisons"]["streamed"]["mean_sensitivity"]
-    assert found["checkpoint"] == checkpoint.digest
+    assert set(metrics["comparisons"]) == {"streamed"}  # on the judged split it is shown, on val it is measured
+    predictor = KeySlicePredictor(slab_run)
+    samples = detection_samples(slab_run, predictor.shards, "val")
+    for variant, name in (("unstreamed", "mean_sensitivity"), ("streamed", "mean_sensitivity_streamed")):
+        expected = froc_of(KeySlicePredictor(slab_run, variant)(samples)).mean_sensitivity
+        assert found[name] == pytest.approx(expected)
+    assert found["mean_sensitivity_lost"] == found["mean_sensitivity"] - found["mean_sensitivity_streamed"]
+    low, high = found["interval"]
+    assert low <= found["mean_sensitivity_lost"] <= high
+    assert (found["split"], found["data"], found["num_key_slices"]) == ("val", predictor.shards.digest, len(samples))
+    assert (found["mode"], found["checkpoint"]) == ("slab", checkpoint.digest)
     mode = "stream" if checkpoint.may_be_streamed() else "slab"
     assert f"whole series are read in mode {mode}" in said
+
+
+def test_unstreamed_key_slices_lie_where_they_do_in_the_slabs_of_a_series(slab_run: EvaluateConfig):
+    """Their answers are those that predict has in mode slab, not those of a clip with the key slice in its middle."""
+    shards = open_shards(slab_run.shards or "")
+    samples = detection_samples(slab_run, shards)
+    judge = KeySlicePredictor(slab_run, "unstreamed")
+    results = judge(samples)
+    assert {sample.row % 9 for sample in samples} != {4}
+    predictor = replace(Predictor.open(slab_run.checkpoint or "", "cpu", "slab"), nms_iou=1.0)
+    for sample, result in zip(samples, results, strict=True):
+        hu = np.stack([decode_image(row) for row in shards.iter_rows(sample.entry)])
+        volume = Volume(hu, np.diag([*sample.entry.spacing_mm[::-1], 1.0]))
+        findings = [each for each in predictor.find_lesions(volume, 0.0) if each.slice_index == sample.row]
+        expected = sorted(each.score for each in findings)
+        np.testing.assert_allclose(sorted(result.scores), expected, rtol=1e-5)
+    windows = KeySlicePredictor(slab_run)(samples)
+    assert any(
+        len(one.scores) != len(other.scores) or not np.allclose(one.scores, other.scores, rtol=1e-5)
+        for one, other in zip(results, windows, strict=True)
+    )
+
+
+def test_streaming_is_not_judged_on_a_few_slices_nor_without_a_validation_split(
+    slab_run: EvaluateConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    path = open_checkpoint(slab_run.checkpoint or "").path / STREAMING
+    before = path.read_bytes() if path.exists() else b""
+    for number, (changes, why) in enumerate(
+        (({"max_clips": 1}, "--max-clips judges only"), ({"choose_on": "other"}, "nothing was judged for it"))
+    ):
+        assert evaluate(slab_run.override({**changes, "out": str(tmp_path / str(number))}), dry_run=False) == 0
+        assert f"note: how whole series are read stays as it is: {why}" in capsys.readouterr().out
+    assert (path.read_bytes() if path.exists() else b"") == before
 
 
 def test_operating_points_are_chosen_on_the_validation_split_and_kept(slab_run: EvaluateConfig, tmp_path: Path):

@@ -13,7 +13,7 @@ from mp3d.evaluation.case_scores import (
     segmentation_scores,
 )
 from mp3d.evaluation.cases import CasePredictor, case_samples
-from mp3d.evaluation.detection import Evaluation, evaluate_detector, froc_of
+from mp3d.evaluation.detection import Evaluation, evaluate_detector, froc_of, streaming_loss
 from mp3d.evaluation.key_slices import (
     ABLATIONS,
     KeySlicePredictor,
@@ -60,6 +60,7 @@ __all__ = [
     "provenance_of",
     "read_predictions",
     "segmentation_scores",
+    "streaming_loss",
     "without_context",
     "write_predictions",
 ]

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from jaxtyping import Bool
 
+from mp3d.checkpoint import StreamingLoss
 from mp3d.evaluation.lesions_3d import Lesions3D, judge_lesions_3d
 from mp3d.evaluation.prediction_file import Predictions, check_same_truth
 from mp3d.evaluation.results import KeySliceResult
@@ -232,6 +233,38 @@ def operating_scores(matching: Matching, points: OperatingPoints) -> list[Operat
         false = int(matching.is_false_positive[:kept].sum())
         scores.append(OperatingScore(chosen_for, threshold, found, false / matching.num_images))
     return scores
+
+
+def streaming_loss(
+    unstreamed: Sequence[KeySliceResult],
+    streamed: Sequence[KeySliceResult],
+    *,
+    mode: str,
+    split: str,
+    data: str,
+    num_replicates: int = NUM_REPLICATES,
+    seed: int = 0,
+) -> StreamingLoss:
+    """What streaming costs on the key slices of a split; attributes as of :class:`~mp3d.checkpoint.StreamingLoss`.
+
+    Raises:
+        DataError: the two are of different slices, or none has a true box.
+    """
+    check_same_truth("unstreamed", unstreamed, "streamed", streamed)
+    patients = [result.patient for result in unstreamed]
+    without, with_streaming = matching_of(unstreamed), matching_of(streamed)
+    test = paired_test(with_streaming, without, patients, MP3D_PORT, num_replicates, seed)
+    return StreamingLoss(
+        mean_sensitivity=read_curve(without, MP3D_PORT).mean_sensitivity,
+        mean_sensitivity_streamed=read_curve(with_streaming, MP3D_PORT).mean_sensitivity,
+        interval=(test.interval.low, test.interval.high),
+        num_key_slices=len(unstreamed),
+        num_patients=len(set(patients)),
+        mode=mode,
+        protocol=MP3D_PORT.name,
+        split=split,
+        data=data,
+    )
 
 
 def strata_of(results: Sequence[KeySliceResult], matching: Matching, num_replicates: int, seed: int) -> list[Stratum]:

@@ -29,10 +29,11 @@ from mp3d.errors import ConfigError, DataError
 from mp3d.evaluation.results import KeySliceResult
 from mp3d.models import build_model
 from mp3d.models.stream import check_streamable
-from mp3d.predict import Finding, Predictor
+from mp3d.predict import Finding, Predictor, SeriesMode, trained_mode
 from mp3d.sample import Clip, Prediction, Target
 
-Variant = Literal["trained", "streamed", "without training", "one slice nine times"]
+Variant = Literal["trained", "unstreamed", "streamed", "without training", "one slice nine times"]
+"""unstreamed, streamed: key slices where they lie in whole series, read in the clips of the training or streamed."""
 ABLATIONS: tuple[Variant, ...] = ("without training", "one slice nine times")
 """What a detector is compared with: the same network before training, and itself without context along z."""
 DECIDING_FIELDS = {
@@ -130,7 +131,9 @@ class KeySlicePredictor:
 
     def __call__(self, samples: list[Sample]) -> list[KeySliceResult]:
         if self.variant == "streamed":
-            return self._streamed(samples)
+            return self._of_whole_series(samples, "stream")
+        if self.variant == "unstreamed" and (mode := trained_mode(self.clip)) != "window":  # which has one middle
+            return self._of_whole_series(samples, mode)
         batches = evaluation_batches(ClipDataset(self.shards, samples, self.clip), batch_size=self.batch_size)
         if self.variant == "one slice nine times":
             batches = (replace(batch, clips=[without_context(clip) for clip in batch.clips]) for batch in batches)
@@ -139,12 +142,12 @@ class KeySlicePredictor:
             for prediction, target, info in predict_clips(self.model, batches, self.device, self.dtype)
         ]
 
-    def _streamed(self, samples: list[Sample]) -> list[KeySliceResult]:
-        predictor = Predictor(self.model.eval(), self.clip, 1.0, self.device, self.dtype, mode="stream")
+    def _of_whole_series(self, samples: list[Sample], mode: SeriesMode) -> list[KeySliceResult]:
+        predictor = Predictor(self.model.eval(), self.clip, 1.0, self.device, self.dtype, mode=mode)
         results = []
         for entry, of_series in groupby(samples, key=attrgetter("entry")):
             if entry.spacing_mm is None:
-                raise DataError(f"{entry.series} is a picture; only the slices of a series can be streamed")
+                raise DataError(f"{entry.series} is a picture; only the slices of a series can be judged in it")
             of_series = list(of_series)
             hu = np.stack([decode_image(row) for row in self.shards.iter_rows(entry)])
             answers = answers_for(predictor, hu, entry.spacing_mm[0], [sample.row for sample in of_series])
