@@ -122,6 +122,8 @@ def test_the_plan_of_an_evaluation(nodules: Path, tmp_path: Path, capsys: pytest
     assert "trained, test  6 cases" in plan
     assert "trained, val" in plan
     assert not (tmp_path / "out").exists()
+    assert evaluate.evaluate(config.override({"max_clips": 4}), dry_run=True) == 0
+    assert "trained, test  4 cases" in capsys.readouterr().out  # of 6: not every second one
     with pytest.raises(ConfigError, match="--streamed, --ablations and --slices are for detectors"):
         evaluate.evaluate(config.override({"ablations": True}), dry_run=True)
     with pytest.raises(CheckpointError, match="finds no lesions"):

@@ -298,6 +298,15 @@ def test_a_series_is_streamed_once_for_all_its_key_slices(spacing_mm: float):
         assert distances.min() * spacing_mm <= 2.5 / 2 or number == 19  # beyond the last position
 
 
+def test_so_many_key_slices_are_judged_as_were_asked_for(slab_run: EvaluateConfig):
+    shards = open_shards(slab_run.shards or "")
+    there = detection_samples(slab_run, shards)
+    for number in range(1, len(there) + 2):
+        chosen = detection_samples(slab_run.override({"max_clips": number}), shards)
+        assert len(chosen) == min(number, len(there))
+        assert [sample for sample in there if sample in chosen] == chosen
+
+
 def test_tasks_cut_no_series_that_is_streamed(slab_run: EvaluateConfig):
     (first, second, *_) = open_shards(slab_run.shards or "").entries
     samples = [Sample(first, row) for row in range(5)] + [Sample(second, row) for row in range(2)]

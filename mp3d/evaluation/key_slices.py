@@ -21,7 +21,7 @@ from mp3d.checkpoint import Checkpoint, open_checkpoint
 from mp3d.config import EvaluateConfig
 from mp3d.data.batches import Batch, ClipDataset, SliceInfo, evaluation_batches, read_clip, slice_truth
 from mp3d.data.clips import series_grid
-from mp3d.data.samples import Sample, annotated_samples
+from mp3d.data.samples import Sample, annotated_samples, spread
 from mp3d.data.series import Volume
 from mp3d.data.shard import ShardSet, decode_image, open_shards
 from mp3d.device import autocast, pick_device, ready_for_inference
@@ -99,7 +99,7 @@ def detection_samples(config: EvaluateConfig, shards: ShardSet, split: str | Non
                 "nothing is known; judge the key slices"
             )
         samples = [Sample(entry, 0) for entry in searched]
-    return samples[:: math.ceil(len(samples) / (config.max_clips or len(samples)))]
+    return spread(samples, config.max_clips)
 
 
 class KeySlicePredictor:
