@@ -152,12 +152,12 @@ def planned(config: EvaluateConfig, checkpoint: Checkpoint, shards: ShardSet) ->
             "choose_on is 'test'; thresholds are chosen on other slices than those that are reported: val"
         )
     if config.slices == "key" and config.max_clips is None:
-        variants: list[Variant] = [] if read_operating_points(checkpoint) else ["trained"]
-        variants += ["unstreamed", "streamed"] if config.streamed else []
-        there = {(part.variant, part.split) for part in parts}
-        wanted = [variant for variant in variants if (variant, config.choose_on) not in there]
-        validation = _validation_samples(config, shards) if wanted else []
-        parts += [Part(variant, config.choose_on, validation) for variant in wanted if validation]
+        needed: set[Variant] = set(OF_WHOLE_SERIES) if config.streamed else set()
+        if not read_operating_points(checkpoint):
+            needed.add("trained")
+        needed -= {part.variant for part in parts if part.split == config.choose_on}
+        validation = _validation_samples(config, shards) if needed else []
+        parts += [Part(variant, config.choose_on, validation) for variant in sorted(needed) if validation]
     return parts
 
 
