@@ -14,6 +14,7 @@ are chosen on the validation split and kept beside the checkpoint.
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -44,17 +45,20 @@ from mp3d.evaluation import (
     froc_of,
     provenance_of,
     read_predictions,
+    streaming_loss,
     write_predictions,
 )
 from mp3d.evaluation.prediction_file import RECORDS, Head
 from mp3d.models.stream import check_streamable
 from mp3d.operating_points import OperatingPoints, keep_operating_points, read_operating_points
-from mp3d.predict import best_mode
-from mp3d.report import write_case_report, write_report
+from mp3d.predict import best_mode, trained_mode
+from mp3d.report import of_cases, write_case_report, write_report
 from mp3d.tracking import track_report
 
 SAMPLES_PER_TASK = 32
 CASES_PER_TASK = 4
+OF_WHOLE_SERIES: tuple[Variant, ...] = ("unstreamed", "streamed")
+"""Variants that read a series through for its key slices."""
 
 
 @dataclass(frozen=True)
@@ -82,8 +86,10 @@ def evaluate(config: EvaluateConfig, *, dry_run: bool) -> int:
     shards = open_shards(config.shards) if config.shards else None
     if config.predictions is not None:
         predictions = read_predictions(Path(config.predictions))
+        config = config.override({"split": predictions.split or config.split})
         if dry_run:
-            cli.print_plan({"predictions": config.predictions, "records": len(predictions.records), "out": config.out})
+            plan = {"predictions": config.predictions, "split": config.split, "records": len(predictions.records)}
+            cli.print_plan({**plan, "out": config.out})
             return 0
         report(config, predictions, predictions.provenance.get("run", "predictions"), others, shards)
         return 0
@@ -114,14 +120,11 @@ def evaluate(config: EvaluateConfig, *, dry_run: bool) -> int:
         operating_point=point,
     )
     write_predictions(Path(config.out) / "predictions.parquet", predictions)
-    variants = {p.variant: Predictions(head, answers[p.variant, p.split]) for p in parts if p.variant != "trained"}
-    evaluation = report(config, predictions, checkpoint.config.name, {**variants, **others}, shards)
-    if config.streamed and isinstance(evaluation, Evaluation) and config.max_clips is not None:
-        print("note: how whole series are read stays as it is: --max-clips judges only some of the slices")
-    elif config.streamed and isinstance(evaluation, Evaluation):
-        streamed = evaluation.comparisons["streamed"].froc.mean_sensitivity
-        checkpoint.record_streaming(evaluation.froc.mean_sensitivity, streamed, predictions.provenance)
-        print(f"whole series are read in mode {best_mode(checkpoint)} from now on")
+    shown = [p for p in parts if p.split == config.split and p.variant not in ("trained", "unstreamed")]
+    variants = {p.variant: Predictions(head, answers[p.variant, p.split]) for p in shown}
+    report(config, predictions, checkpoint.config.name, {**variants, **others}, shards)
+    if config.streamed:
+        keep_streaming_loss(config, checkpoint, shards, answers)
     return 0
 
 
@@ -148,10 +151,13 @@ def planned(config: EvaluateConfig, checkpoint: Checkpoint, shards: ShardSet) ->
         raise ConfigError(
             "choose_on is 'test'; thresholds are chosen on other slices than those that are reported: val"
         )
-    whole = config.slices == "key" and config.max_clips is None
-    to_choose = whole and config.split != config.choose_on and not read_operating_points(checkpoint)
-    if to_choose and (validation := _validation_samples(config, shards)):
-        parts.append(Part("trained", config.choose_on, validation))
+    if config.slices == "key" and config.max_clips is None:
+        needed: set[Variant] = set(OF_WHOLE_SERIES) if config.streamed else set()
+        if not read_operating_points(checkpoint):
+            needed.add("trained")
+        needed -= {part.variant for part in parts if part.split == config.choose_on}
+        validation = _validation_samples(config, shards) if needed else []
+        parts += [Part(variant, config.choose_on, validation) for variant in sorted(needed) if validation]
     return parts
 
 
@@ -159,7 +165,7 @@ def _validation_samples(config: EvaluateConfig, shards: ShardSet) -> list[Sample
     try:
         return detection_samples(config, shards, config.choose_on)
     except DataError as error:
-        print(f"no operating points are chosen: {error}")
+        print(f"nothing is chosen on split {config.choose_on!r}: {error}")
         return []
 
 
@@ -184,6 +190,34 @@ def chosen_on_validation(
     return points.as_plain() if points else None
 
 
+def keep_streaming_loss(
+    config: EvaluateConfig, checkpoint: Checkpoint, shards: ShardSet, answers: dict[tuple[str, str], list[Record]]
+) -> None:
+    """Beside the checkpoint, what streaming costs on the validation split."""
+    unstreamed, streamed = (answers.get((variant, config.choose_on)) for variant in OF_WHOLE_SERIES)
+    if unstreamed is None or streamed is None:
+        why = "--max-clips judges only some of the slices" if config.max_clips else "nothing was judged for it"
+        print(f"note: how whole series are read stays as it is: {why}")
+        return
+    mode = trained_mode(checkpoint.config.clip)
+    loss = streaming_loss(
+        unstreamed,  # type: ignore[arg-type]
+        streamed,  # type: ignore[arg-type]
+        mode=mode,
+        split=config.choose_on,
+        data=shards.digest,
+        num_replicates=config.replicates,
+        seed=config.seed,
+    )
+    checkpoint.record_streaming(loss, provenance_of(checkpoint, shards, config.override({"split": loss.split})))
+    low, high = loss.interval
+    print(
+        f"streaming costs {loss.mean_sensitivity_lost:+.3f} [{low:+.3f}, {high:+.3f}] of the mean sensitivity "
+        f"{loss.mean_sensitivity:.3f} in mode {mode}, on {loss.num_key_slices} key slices of split {loss.split!r}; "
+        f"whole series are read in mode {best_mode(checkpoint)} from now on"
+    )
+
+
 def report(
     config: EvaluateConfig, predictions: Predictions, name: str, others: dict[str, Predictions], shards: ShardSet | None
 ) -> Evaluation | CaseEvaluation:
@@ -193,6 +227,8 @@ def report(
             raise DataError(f"{other_name!r} is of a {other.head} head, the judged one of a {predictions.head} head")
     records = {other_name: other.records for other_name, other in others.items()}
     path, pictures = Path(config.out) / "report.html", Pictures(shards, config.split) if shards else None
+    if pictures is not None:
+        pictures.check_holds(predictions.records)
     if predictions.head == "detection":
         evaluation = evaluate_detector(predictions, name, records, config.replicates, config.seed)
         files = write_report(path, evaluation, pictures.key_slice if pictures else None)
@@ -220,9 +256,9 @@ def on_ray(config: EvaluateConfig, head: Head, parts: Sequence[Part]) -> dict[tu
     """Ray Data: a pool of actors that hold the model; tasks come ordered by variant and split."""
     per_task = SAMPLES_PER_TASK if head == "detection" and config.slices == "key" else CASES_PER_TASK
     tasks = [
-        {"variant": p.variant, "split": p.split, "start": start, "stop": min(start + per_task, len(p.samples))}
+        {"variant": p.variant, "split": p.split, "start": start, "stop": stop}
         for p in parts
-        for start in range(0, len(p.samples), per_task)
+        for start, stop in pieces(p, per_task)
     ]
     answers: dict[tuple[str, str], list[Record]] = {(p.variant, p.split): [] for p in parts}
     rows = answers_of_actors(
@@ -238,6 +274,16 @@ def on_ray(config: EvaluateConfig, head: Head, parts: Sequence[Part]) -> dict[tu
         if done % SAMPLES_PER_TASK == 0:
             print(f"{done} answered", flush=True)
     return answers
+
+
+def pieces(part: Part, per_task: int) -> list[tuple[int, int]]:
+    """Where the samples of a part begin and end that make a task; series that are read as a whole are not cut."""
+    starts = [0]
+    for place in range(1, len(part.samples)):
+        goes_on = part.variant in OF_WHOLE_SERIES and part.samples[place].entry == part.samples[place - 1].entry
+        if place - starts[-1] >= per_task and not goes_on:
+            starts.append(place)
+    return list(pairwise([*starts, len(part.samples)]))
 
 
 class PredictionActor:
@@ -310,7 +356,8 @@ def print_case_scores(evaluation: CaseEvaluation, split: str) -> None:
     print(f"{len(evaluation.cases)} cases of split {split!r}")
     for name, value in evaluation.scores.items():
         spread = evaluation.intervals.get(name)
-        print(f"{name:<24}{value:>8.3f}" + (f" [{spread.low:.3f}, {spread.high:.3f}]" if spread else ""))
+        told = f", {of_cases(evaluation, name)}" if name in evaluation.num_defined else ""
+        print(f"{name:<24}{value:>8.3f}" + (f" [{spread.low:.3f}, {spread.high:.3f}]" if spread else "") + told)
     for name, other in evaluation.comparisons.items():
         print(f"{name}: {other.score} {other.value:.3f}, difference {other.difference:+.3f}, p = {other.p_value:.3f}")
 

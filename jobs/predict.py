@@ -5,9 +5,10 @@
 
 Boxes on neighbouring slices are grouped into lesions. Writes into --out:
 
-    findings.json     model, threshold and protocol; of each series its lesions, with place and size in mm; refusals
+    findings.json     model, threshold and protocol; of each series its lesions, with place and size in mm; refusals.
+                      Series are named by their Series Instance UID, without DICOM by their file
     findings.csv      a row a lesion
-    pictures/         a picture a lesion, with a scale
+    pictures/         a picture a lesion, with a scale and a caption
 
 Exit code 0 where everything was read, 5 where more was refused than --allowed-rejects, 3 where nothing could be read.
 """
@@ -19,9 +20,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
-
-import numpy as np
+from typing import Any, TextIO
 
 from mp3d import cli
 from mp3d.actors import answers_of_actors
@@ -35,15 +34,16 @@ from mp3d.errors import DataError, Refusal
 from mp3d.findings import Lesion, group_findings
 from mp3d.operating_points import reporting_threshold
 from mp3d.predict import Predictor, detection_head
-from mp3d.report.figures import draw_findings
+from mp3d.report.figures import draw_finding
 from mp3d.serving.engine import silent_pydicom
 from mp3d.serving.schema import RESEARCH_USE_ONLY
 
-FORMAT = "mp3d findings 1"
+FORMAT = "mp3d findings 2"
 PRIVATE = 0o600
 """Permissions of the files: names, identifiers and images of patients are in them."""
 COLUMNS: Sequence[str] = (
-    "series", "series_instance_uid", "lesion", "score", "label", "diameter_mm", "size_x_mm", "size_y_mm", "size_z_mm",
+    "series", "series_instance_uid", "folder", "first_file", "lesion", "score", "label",
+    "diameter_mm", "size_x_mm", "size_y_mm", "size_z_mm",
     "centre_x_lps_mm", "centre_y_lps_mm", "centre_z_lps_mm", "first_slice", "last_slice", "key_slice",
     "sop_instance_uid", "x1_px", "y1_px", "x2_px", "y2_px", "picture",
 )  # fmt: skip
@@ -79,10 +79,10 @@ def predict(config: PredictConfig, *, dry_run: bool) -> int:
     for answer in answers(config, listed):
         (rejects if "reason" in answer else read).append(answer)
         said = f"refused, {answer['reason']}" if "reason" in answer else f"{len(answer['lesions'])} lesions"
-        print(f"{answer['name']}: {said}", flush=True)
+        print(f"{shown_name(answer, sys.stdout)}: {said}", flush=True)
     write_findings(Path(config.out), checkpoint, config, threshold_from, read, rejects)
     for reject in rejects:
-        print(f"refused {reject['name']}: {reject['reason']}: {reject['detail']}", file=sys.stderr)
+        print(f"refused {shown_name(reject, sys.stderr)}: {reject['reason']}: {reject['detail']}", file=sys.stderr)
     print(f"{sum(len(each['lesions']) for each in read)} lesions in {len(read)} series, score from {threshold:.3f} on")
     print(f"findings: {Path(config.out) / 'findings.json'}")
     if not read:
@@ -91,6 +91,13 @@ def predict(config: PredictConfig, *, dry_run: bool) -> int:
         print(f"{len(rejects)} were refused, --allowed-rejects is {config.allowed_rejects}", file=sys.stderr)
         return 5
     return 0
+
+
+def shown_name(answer: dict[str, Any], stream: TextIO) -> str:
+    """Of a series or file on the terminal; a log, which is kept and passed on, has the number of the series only."""
+    if stream.isatty():
+        return f"{answer['name']} in {answer['folder']}" if "folder" in answer else answer["name"]
+    return f"series {answer['number']}" if "number" in answer else "a file"
 
 
 def answers(config: PredictConfig, listed: Sequence[UnlabelledSeries]) -> Iterator[dict[str, Any]]:
@@ -130,19 +137,25 @@ class SeriesActor:
     def __call__(self, task: dict[str, int]) -> list[dict[str, str]]:
         """JSON, one answer a series."""
         series = self.listed[task["number"] - 1]
+        identity = {
+            "number": task["number"],
+            "name": series.name,
+            "series_instance_uid": series.series_instance_uid,
+            "folder": series.folder,
+            "first_file": series.first_file,
+        }
         try:
             with silent_pydicom():
                 volume, stored, warnings = series.load()
         except Refusal as refusal:
-            answer = {"name": series.name, "reason": refusal.reason, "detail": refusal.detail}
+            answer = {**identity, "reason": refusal.reason, "detail": refusal.detail}
             return [{"answer": json.dumps(answer)}]
         findings = self.predictor.find_lesions(volume, self.config.score_threshold or 0.0)
         grid_mm = self.predictor.clip.slice_spacing_mm
         lesions = group_findings(findings, volume, grid_mm, self.config.link_overlap)
         pictures = self._draw(task["number"], volume, lesions)
         answer = {
-            "name": series.name,
-            "series_instance_uid": series.series_instance_uid,
+            **identity,
             "num_slices": len(volume.hu),
             "spacing_mm": volume.spacing_mm,
             "warnings": warnings,
@@ -156,14 +169,10 @@ class SeriesActor:
     def _draw(self, series: int, volume: Volume, lesions: Sequence[Lesion]) -> dict[int, str]:
         folder = Path(self.config.out) / "pictures"
         drawn = {}
-        for number, lesion in enumerate(lesions[: self.config.max_pictures], 1):
+        for number in range(1, min(len(lesions), self.config.max_pictures) + 1):
             folder.mkdir(parents=True, exist_ok=True)
             name = f"series_{series:04d}_lesion_{number:02d}.png"
-            index = lesion.best.slice_index
-            others = [each for other in lesions for each in other.findings if each.slice_index == index]
-            boxes = np.array([each.box_px for each in others], np.float32)
-            scores = np.array([each.score for each in others], np.float32)
-            png = draw_findings(volume, index, np.array(lesion.best.box_px), boxes, scores)
+            png = draw_finding(volume, lesions, number)
             (folder / name).touch(mode=PRIVATE)
             (folder / name).write_bytes(png)
             drawn[number] = f"pictures/{name}"
@@ -243,6 +252,8 @@ def _csv_row(series: dict[str, Any], lesion: dict[str, Any]) -> dict[str, Any]:
     return {
         "series": series["name"],
         "series_instance_uid": series["series_instance_uid"] or "",
+        "folder": series["folder"],
+        "first_file": series["first_file"],
         "lesion": lesion["lesion"],
         "score": f"{lesion['score']:.4f}",
         "label": lesion["label"],

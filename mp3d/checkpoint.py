@@ -21,7 +21,7 @@ import os
 import re
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -54,6 +54,32 @@ class TrainerState:
 
 
 @dataclass(frozen=True)
+class StreamingLoss:
+    """What streaming whole series costs, on the key slices of the validation split.
+
+    Attributes:
+        mean_sensitivity: of the protocol, of series read as in training (``mode``, of :mod:`mp3d.predict`).
+        mean_sensitivity_streamed: of the same key slices in streamed series.
+        interval: of the loss, 95 %, by resampling patients.
+        split: of the data whose manifest has the digest ``data``.
+    """
+
+    mean_sensitivity: float
+    mean_sensitivity_streamed: float
+    interval: tuple[float, float]
+    num_key_slices: int
+    num_patients: int
+    mode: str
+    protocol: str
+    split: str
+    data: str
+
+    @property
+    def mean_sensitivity_lost(self) -> float:
+        return self.mean_sensitivity - self.mean_sensitivity_streamed
+
+
+@dataclass(frozen=True)
 class Checkpoint:
     """An opened and verified checkpoint."""
 
@@ -81,26 +107,20 @@ class Checkpoint:
             )
 
     def may_be_streamed(self) -> bool:
-        """Whether an evaluation of this very checkpoint found that streaming costs at most ``MAX_STREAMING_LOSS``."""
+        """Whether an evaluation of this very checkpoint found that streaming costs at most ``MAX_STREAMING_LOSS``.
+
+        What older versions wrote, on whatever split was judged, has other fields and does not count.
+        """
         try:
             found = json.loads((self.path / STREAMING).read_text())
-            loss = found["mean_sensitivity"] - found["mean_sensitivity_streamed"]
-            return found["checkpoint"] == self.digest and loss <= MAX_STREAMING_LOSS
+            loss = StreamingLoss(**{each.name: found[each.name] for each in fields(StreamingLoss)})
+            return found["checkpoint"] == self.digest and loss.mean_sensitivity_lost <= MAX_STREAMING_LOSS
         except (OSError, ValueError, KeyError, TypeError):
             return False
 
-    def record_streaming(self, mean_sensitivity: float, streamed: float, provenance: Mapping[str, str]) -> None:
-        """Keep beside the checkpoint what an evaluation found.
-
-        Args:
-            mean_sensitivity: of clips as in training; ``streamed``: of whole series, on the same key slices.
-        """
-        content = {
-            "mean_sensitivity": mean_sensitivity,
-            "mean_sensitivity_streamed": streamed,
-            "lost_by_streaming": mean_sensitivity - streamed,
-            **provenance,
-        }
+    def record_streaming(self, loss: StreamingLoss, provenance: Mapping[str, str]) -> None:
+        """Keep beside the checkpoint what an evaluation found."""
+        content = asdict(loss) | {"mean_sensitivity_lost": loss.mean_sensitivity_lost, "provenance": dict(provenance)}
         _write_json(self.path / STREAMING, content | {"checkpoint": self.digest})
 
     def trainer_state(self) -> TrainerState:

@@ -225,12 +225,16 @@ class Predictor:
 
 
 def best_mode(checkpoint: Checkpoint) -> SeriesMode:
-    """``window`` for a network trained on windows; for one trained on slabs ``slab``, or ``stream`` where its own
-    evaluation says that this costs no accuracy (:meth:`mp3d.checkpoint.Checkpoint.may_be_streamed`).
+    """:func:`trained_mode`; for a network trained on slabs ``stream``, where its own evaluation says that this costs no
+    accuracy (:meth:`mp3d.checkpoint.Checkpoint.may_be_streamed`).
     """
-    if checkpoint.config.clip.num_key_slices == 1:
-        return "window"
-    return "stream" if checkpoint.may_be_streamed() else "slab"
+    mode = trained_mode(checkpoint.config.clip)
+    return "stream" if mode == "slab" and checkpoint.may_be_streamed() else mode
+
+
+def trained_mode(clip: ClipConfig) -> Literal["window", "slab"]:
+    """The clips that a network was trained on."""
+    return "window" if clip.num_key_slices == 1 else "slab"
 
 
 def detection_head(checkpoint: Checkpoint) -> DetectionHead:

@@ -19,6 +19,7 @@ from mp3d.evaluation import (
     chosen_threshold,
     classification_scores,
     evaluate_cases,
+    num_defined,
     segmentation_scores,
 )
 from mp3d.launch import run_training
@@ -121,6 +122,8 @@ def test_the_plan_of_an_evaluation(nodules: Path, tmp_path: Path, capsys: pytest
     assert "trained, test  6 cases" in plan
     assert "trained, val" in plan
     assert not (tmp_path / "out").exists()
+    assert evaluate.evaluate(config.override({"max_clips": 4}), dry_run=True) == 0
+    assert "trained, test  4 cases" in capsys.readouterr().out  # of 6: not every second one
     with pytest.raises(ConfigError, match="--streamed, --ablations and --slices are for detectors"):
         evaluate.evaluate(config.override({"ablations": True}), dry_run=True)
     with pytest.raises(CheckpointError, match="finds no lesions"):
@@ -167,6 +170,10 @@ def test_means_over_cases_and_over_voxels():
     assert scores["dice_per_case"] == 0.25
     assert scores["hausdorff_95_mm_1"] == scores["hausdorff_95_mm"] == 2
     assert np.isnan(scores["hausdorff_95_mm_2"])
+    assert num_defined(cases) == {
+        "dice_per_case": 2, "dice_per_case_1": 2, "dice_per_case_2": 1,
+        "hausdorff_95_mm": 2, "hausdorff_95_mm_1": 2, "hausdorff_95_mm_2": 0,
+    }  # fmt: skip
 
 
 def test_a_threshold_of_other_cases():

@@ -114,6 +114,25 @@ def test_the_kind_of_a_lesion_is_stored_beside_it(tmp_path):
         load(tmp_path)
 
 
+def test_the_long_diameter_of_a_lesion_is_stored_beside_it_in_millimetres(tmp_path):
+    write_slices(tmp_path, "000001_01_01", range(1, 4))
+    square = {"Spacing_mm_px_": "0.8, 0.8, 5"}
+    rows = [
+        lesion("000001_01_01", 2, Lesion_diameters_Pixel_="11.5, 6.25", **square),
+        lesion("000001_01_01", 2, Lesion_diameters_Pixel_="", **square),
+        lesion("000001_01_01", 3, Lesion_diameters_Pixel_="NaN, NaN", **square),
+    ]
+    write_table(tmp_path, rows)
+    truths = load(tmp_path).truths
+    assert truths[1].diameters_mm is not None
+    np.testing.assert_allclose(truths[1].diameters_mm, [9.2, np.nan])
+    assert truths[2].boxes is not None
+    assert truths[2].diameters_mm is None
+    write_table(tmp_path, [lesion("000001_01_01", 2, Lesion_diameters_Pixel_="long")])
+    with pytest.raises(DataError, match="line 2 cannot be parsed"):
+        load(tmp_path)
+
+
 def test_each_run_of_slices_is_an_item(root):
     source = read_deeplesion(root)
     assert [(item.key, item.patient, item.split) for item in source.items] == [

@@ -1,42 +1,27 @@
-"""From clips to predictions, to a file and back, to metrics."""
+"""From clips to predictions to metrics."""
 
-import json
-import math
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from jobs.evaluate import evaluate
-from mp3d.checkpoint import STREAMING, open_checkpoint, save_checkpoint
-from mp3d.config import ClipConfig, EvaluateConfig
 from mp3d.data.batches import Batch, SliceInfo
-from mp3d.data.shard import decode_image, open_shards
-from mp3d.errors import ConfigError, DataError
+from mp3d.errors import DataError
 from mp3d.evaluation import (
-    KeySlicePredictor,
     KeySliceResult,
     Predictions,
-    SeriesPredictor,
-    answers_for,
-    detection_samples,
     evaluate_detector,
     predict_clips,
     without_context,
 )
 from mp3d.evaluation.lesions_3d import judge_lesions_3d, true_boxes_3d
 from mp3d.metrics.protocols import MP3D_PORT
-from mp3d.models import build_model
-from mp3d.operating_points import read_operating_points
-from mp3d.predict import Predictor
 from mp3d.sample import Clip
-from tests.tiny import ct_shards, detector_config
 
 
-def result(z_index, true_boxes, boxes, scores, patient="p0", series="s0", types=(), instances=None):
+def result(z_index, true_boxes, boxes, scores, patient="p0", series="s0", types=(), instances=None, diameters=None):
     return KeySliceResult(
         patient=patient,
         series=series,
@@ -46,6 +31,7 @@ def result(z_index, true_boxes, boxes, scores, patient="p0", series="s0", types=
         true_labels=np.ones(len(true_boxes), dtype=np.int64),
         true_types=types or ("",) * len(true_boxes),
         true_instances=np.array(instances or [0] * len(true_boxes), dtype=np.int64),
+        true_diameters_mm=np.array(diameters or [np.nan] * len(true_boxes), dtype=np.float32),
         boxes=np.array(boxes, dtype=np.float32).reshape(-1, 4),
         scores=np.array(scores, dtype=np.float32),
         labels=np.ones(len(scores), dtype=np.int64),
@@ -182,6 +168,25 @@ def test_strata_of_kind_size_and_spacing():
     }
 
 
+def test_strata_of_size_take_the_long_diameter_where_the_data_set_gives_one():
+    """Of 14 x 16 mm with its margin, the first lesion measures 8 mm; of the last the box is all that is known."""
+    results = [
+        result(4, [[10, 10, 30, 30]], [[10, 10, 30, 31]], [0.9], diameters=[8.0]),
+        result(9, [[50, 50, 70, 70], [80, 80, 90, 90]], [], [], patient="p1", diameters=[31.0, np.nan]),
+    ]
+
+    def sizes(of):
+        evaluation = evaluate_detector(Predictions("detection", of), num_replicates=100)
+        return {each.name: each.num_lesions for each in evaluation.strata if each.by == "size"}, evaluation.size_is
+
+    measured = "the long diameter that the data set gives"
+    assert sizes(results[:1]) == ({"below 10 mm": 1}, measured)
+    assert sizes([replace(results[0], true_diameters_mm=np.full(1, np.nan))])[1] == "the longer side of the box"
+    parts, told = sizes(results)
+    assert parts == {"below 10 mm": 2, "30 mm and more": 1}
+    assert told == f"{measured} for 2 of 3, else the longer side of the box"
+
+
 def test_a_centre_is_measured_in_millimetres():
     """8 pixels beside the centre along rows of 0.8 mm: 6.4 mm, within half of 14 mm; along 10 columns it is 7 mm."""
     inside = [result(4, [[10, 10, 30, 26]], [[10, 18, 30, 34]], [0.9])]
@@ -213,157 +218,3 @@ def test_boxes_of_series_are_judged_as_lesions():
     assert true_boxes_3d(chain).tolist() == [[10, 10, 4, 30, 30, 7]]
     unknown = [result(z, [[10, 10, 30, 30]], [], []) for z in (4, 5, 9)]
     assert true_boxes_3d(unknown).tolist() == [[10, 10, 4, 30, 30, 5], [10, 10, 9, 30, 30, 9]]
-
-
-@pytest.fixture(scope="module")
-def slab_run(tmp_path_factory: pytest.TempPathFactory) -> EvaluateConfig:
-    """A tiny detector of slabs, as initialised, and the shards that it is judged on."""
-    folder = tmp_path_factory.mktemp("slab")
-    config = detector_config(ct_shards(folder / "shards"), folder, clip__num_key_slices=9)
-    torch.manual_seed(0)
-    (folder / "c").mkdir()
-    save_checkpoint(
-        folder / "c",
-        config=config,
-        model_state=build_model(config.model, config.clip).state_dict(),
-        epoch=1,
-        score=0,
-        metrics={},
-    )
-    return EvaluateConfig(
-        checkpoint=str(folder / "c"), shards=config.shards, out=str(folder / "out"), runner="local", streamed=True
-    )
-
-
-def test_streamed_answers_are_those_of_the_whole_series(slab_run: EvaluateConfig):
-    shards = open_shards(slab_run.shards)
-    samples = detection_samples(slab_run, shards)
-    predictor = KeySlicePredictor(slab_run, "streamed")
-    results = predictor(samples)
-    trained = KeySlicePredictor(slab_run)(samples)
-    assert [(r.series, r.z_index) for r in results] == [(s.entry.series, s.row) for s in samples]
-    for sample, result, other in zip(samples, results, trained, strict=True):
-        np.testing.assert_array_equal(result.true_boxes, other.true_boxes)
-        hu = np.stack([decode_image(row) for row in shards.iter_rows(sample.entry)])
-        whole = torch.from_numpy(np.pad(hu, ((4, 4), (0, 0), (0, 0)), mode="edge"))
-        with torch.no_grad():
-            (expected,) = predictor.model([Clip(whole, (sample.row + 4,))])
-        np.testing.assert_allclose(result.scores, expected["scores"], rtol=1e-4, atol=1e-6)
-        np.testing.assert_allclose(result.boxes, expected["boxes"], rtol=1e-4, atol=1e-3)
-
-
-@pytest.mark.parametrize(("spacing_mm", "passes"), [(2.5, 1), (5.0, 1), (2.0, 4), (1.0, 4)])
-def test_a_series_is_streamed_once_for_all_key_slices_on_one_grid(spacing_mm: float, passes: int):
-    """A grid of 2.5 mm meets every fifth slice, at 1 mm and at 2 mm: slices 3, 8 and 13 share one."""
-
-    class Centred(Predictor):
-        def answers(self, hu, grid, at_once=None):
-            grids.append(grid)
-            yield [{"scores": torch.tensor([position])} for position in grid.positions]
-
-    grids = []
-    predictor = Centred(BrightestSlice(), ClipConfig(), 0.5, CPU)
-    wanted = [3, 4, 8, 12, 13, 15]
-    answers = answers_for(predictor, np.zeros((20, 4, 4), np.int16), spacing_mm, wanted)
-    assert {number: float(answer["scores"]) for number, answer in answers.items()} == {n: n for n in wanted}
-    assert len(grids) == passes
-
-
-def test_evaluating_writes_down_what_streaming_costs(slab_run: EvaluateConfig, capsys: pytest.CaptureFixture[str]):
-    assert evaluate(slab_run, dry_run=False) == 0
-    said = capsys.readouterr().out
-    checkpoint = open_checkpoint(slab_run.checkpoint)
-    found = json.loads((checkpoint.path / STREAMING).read_text())
-    metrics = json.loads((Path(slab_run.out) / "metrics.json").read_text())
-    assert found["mean_sensitivity"] == metrics["froc"]["mean_sensitivity"]
-    assert found["mean_sensitivity_streamed"] == metrics["comparisons"]["streamed"]["mean_sensitivity"]
-    assert found["checkpoint"] == checkpoint.digest
-    mode = "stream" if checkpoint.may_be_streamed() else "slab"
-    assert f"whole series are read in mode {mode}" in said
-
-
-def test_operating_points_are_chosen_on_the_validation_split_and_kept(slab_run: EvaluateConfig, tmp_path: Path):
-    checkpoint = open_checkpoint(slab_run.checkpoint or "")
-    points = read_operating_points(checkpoint)  # the evaluation before chose them
-    assert points is not None
-    assert (points.split, points.checkpoint) == ("val", checkpoint.digest)
-    predictor = KeySlicePredictor(slab_run)
-    validation = predictor(detection_samples(slab_run, predictor.shards, "val"))
-    expected = evaluate_detector(Predictions("detection", validation), num_replicates=100).froc
-    assert points.sensitivity == pytest.approx(expected.sensitivity_at)
-    assert points.num_images == len(validation)
-    metrics = json.loads((Path(slab_run.out) / "metrics.json").read_text())
-    for point in metrics["operating_points"]:
-        assert point["threshold"] == points.thresholds[point["chosen_for"]]
-
-
-def test_predictions_are_judged_again_without_the_checkpoint(slab_run: EvaluateConfig, tmp_path: Path):
-    """The same numbers from the file alone; beside itself a model is not told apart."""
-    file = str(Path(slab_run.out) / "predictions.parquet")
-    again = EvaluateConfig(predictions=file, compare=file, out=str(tmp_path / "again"), runner="local")
-    assert evaluate(again, dry_run=False) == 0
-    first, second = (json.loads((Path(of) / "metrics.json").read_text()) for of in (slab_run.out, again.out))
-    for name in (
-        "froc",
-        "protocols",
-        "ap50",
-        "ap50_interval",
-        "ap50_95_interval",
-        "strata",
-        "calibration",
-        "operating_points",
-    ):
-        assert second[name] == first[name]
-    (comparison,) = second["comparisons"].values()
-    assert (comparison["difference"], comparison["p_value"]) == (0, 1)
-    assert second["provenance"]["checkpoint"] == open_checkpoint(slab_run.checkpoint or "").digest
-
-
-def test_every_slice_of_searched_series_is_judged(slab_run: EvaluateConfig, tmp_path: Path):
-    config = slab_run.override({"slices": "all", "streamed": False, "out": str(tmp_path / "all")})
-    assert evaluate(config, dry_run=False) == 0
-    metrics = json.loads((tmp_path / "all" / "metrics.json").read_text())
-    shards = open_shards(config.shards or "")
-    assert metrics["num_images"] == sum(entry.num_rows for entry in shards.split("test"))
-    assert metrics["lesions_3d"]["protocol"] == "LENS 3D"
-    answers = SeriesPredictor(config)(detection_samples(config, shards))
-    assert [answer.z_index for answer in answers[:3]] == [0, 1, 2]
-    with pytest.raises(ValueError, match="ablations and streamed are for key slices"):
-        config.override({"streamed": True})
-    with pytest.raises(ValueError, match="either checkpoint or predictions"):
-        EvaluateConfig(out="x")
-
-
-def test_a_norm_over_the_clip_cannot_be_judged_streamed(slab_run: EvaluateConfig, tmp_path: Path):
-    config = open_checkpoint(slab_run.checkpoint).config.override({"model.norm": "gn3d"})
-    state = build_model(config.model, config.clip).state_dict()
-    save_checkpoint(tmp_path, config=config, model_state=state, epoch=1, score=0, metrics={})
-    with pytest.raises(ConfigError, match="model.norm is gn3d"):
-        evaluate(slab_run.override({"checkpoint": str(tmp_path)}), dry_run=False)
-
-
-def test_thresholds_are_not_chosen_on_the_test_split_nor_on_a_few_slices(slab_run: EvaluateConfig, tmp_path: Path):
-    on_test = EvaluateConfig.model_validate(slab_run.model_dump() | {"choose_on": "test", "out": str(tmp_path / "a")})
-    with pytest.raises(ConfigError, match="choose_on is 'test'"):
-        evaluate(on_test, dry_run=False)
-    before = read_operating_points(open_checkpoint(slab_run.checkpoint or ""))
-    few = {"split": "val", "max_clips": 1, "streamed": False, "ablations": False, "out": str(tmp_path / "b")}
-    assert evaluate(EvaluateConfig.model_validate(slab_run.model_dump() | few), dry_run=False) == 0
-    assert read_operating_points(open_checkpoint(slab_run.checkpoint or "")) == before
-    settings = json.loads(json.loads((tmp_path / "b" / "metrics.json").read_text())["provenance"]["evaluation"])
-    assert settings["max_clips"] == 1
-
-
-@pytest.mark.parametrize("times", [1.0, 2.2, 3.0])
-def test_a_series_thinner_than_the_grid_is_read_on_several(
-    slab_run: EvaluateConfig, times: float, monkeypatch: pytest.MonkeyPatch
-):
-    judge = SeriesPredictor(slab_run.override({"slices": "all", "streamed": False}))
-    (sample, *_) = detection_samples(slab_run, judge.shards)
-    assert sample.entry.spacing_mm is not None
-    clip = judge.predictor.clip.override({"slice_spacing_mm": times * sample.entry.spacing_mm[0]})
-    judge.predictor = replace(judge.predictor, clip=clip)
-    phases: list[int] = []
-    monkeypatch.setattr(Predictor, "find_lesions", lambda self, *_: phases.append(self.phases) or [])
-    judge([sample])
-    assert phases == [math.ceil(times)]

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import nibabel
 import numpy as np
+import pydicom
 import pytest
 import SimpleITK as sitk
 import torch
@@ -105,7 +106,7 @@ def test_a_planted_ball_is_found_where_it_was_planted(checkpoint: Path, tmp_path
         assert distance <= 7.5
         assert finding["sop_instance_uid"].endswith(f".{finding['slice_index'] + 1}")
     with Image.open(checkpoint.parent / "out" / lesion["picture"]) as picture:
-        assert picture.size == (800, 400)
+        assert picture.size == (800, 430)
 
 
 @pytest.mark.parametrize("ending", [".nii.gz", ".nrrd", ".mha"])
@@ -156,6 +157,38 @@ def test_the_table_has_a_row_a_lesion(checkpoint: Path, tmp_path: Path):
     assert (tmp_path / "out" / "findings.json").stat().st_mode & 0o077 == 0
 
 
+def test_a_series_is_named_by_its_uid_and_says_where_it_lies(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    """DICOM in two folders, a volume beside them; what is printed goes into a log here, and names nobody."""
+    volume = flat_volume(ORIENTATIONS["axial"])
+    plant(volume, (volume.affine @ [20, 20, 10, 1])[:3], 6)
+    write_ct_series(tmp_path / "in" / "DOE" / "ct", volume, "DOE", uid_seed="one")
+    half = sorted((tmp_path / "in" / "DOE" / "ct").iterdir())[::2]
+    (tmp_path / "in" / "DOE" / "more").mkdir()
+    for file in half:
+        file.rename(tmp_path / "in" / "DOE" / "more" / file.name)
+    nibabel.save(nibabel.Nifti1Image(volume.hu.T, np.diag([-1, -1, 1, 1]) @ volume.affine), tmp_path / "in" / "v.nii")
+    (tmp_path / "in" / "ROE.dcm").write_bytes(b"DICM, but no more")
+    code, found = run(checkpoint, tmp_path / "in", allowed_rejects=1)
+    dicom, file = found["series"]
+    uid = pydicom.dcmread(tmp_path / "in" / "DOE" / "more" / half[0].name).SeriesInstanceUID
+    assert (dicom["name"], dicom["series_instance_uid"], dicom["folder"]) == (uid, uid, "DOE")
+    assert dicom["first_file"].startswith("DOE/ct/")
+    assert (file["name"], file["series_instance_uid"]) == (file["first_file"], None) == ("v.nii", None)
+    assert file["folder"] == "."
+    rows = list(csv.DictReader((tmp_path / "out" / "findings.csv").read_text().splitlines()))
+    assert [(row["series"], row["folder"], row["first_file"]) for row in rows] == [
+        (each["name"], each["folder"], each["first_file"]) for each in found["series"]
+    ]
+    printed = "".join(capsys.readouterr())
+    assert code == 0
+    assert "series 1: 1 lesions\nseries 2: 1 lesions" in printed
+    assert "refused a file: NOT_DICOM" in printed
+    for name in ("DOE", "ROE", uid):
+        assert name not in printed
+
+
 def test_a_series_without_lesions_has_none(checkpoint: Path, tmp_path: Path):
     write_series(tmp_path / "series")
     code, found = run(checkpoint, tmp_path / "series")
@@ -171,8 +204,8 @@ def test_what_cannot_be_read_is_named_and_the_rest_goes_on(checkpoint: Path, tmp
     (tmp_path / "in" / "broken.dcm").write_bytes(b"DICM, but no more")
     code, found = run(checkpoint, tmp_path / "in")
     assert code == 5
-    assert [series["name"].split("/")[0] for series in found["series"]] == ["good"]
-    assert {each["name"].split("/")[0]: each["reason"] for each in found["refused"]} == {
+    assert [series["folder"] for series in found["series"]] == ["good"]
+    assert {each.get("folder", each["name"]): each["reason"] for each in found["refused"]} == {
         "broken.dcm": "NOT_DICOM", "gap": "MISSING_SLICE",
     }  # fmt: skip
     with pytest.raises(DataError, match="could be read"):

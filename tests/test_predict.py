@@ -1,5 +1,6 @@
 """The way back: from a clip's pixels to a slice of the series and to patient millimetres."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 from scipy.spatial.transform import Rotation
 
-from mp3d.checkpoint import STREAMING, Checkpoint, open_checkpoint, save_checkpoint
+from mp3d.checkpoint import STREAMING, Checkpoint, StreamingLoss, open_checkpoint, save_checkpoint
 from mp3d.config import ClassificationHead, ClipConfig
 from mp3d.data.clips import resample_z, series_grid
 from mp3d.data.series import Volume
@@ -276,13 +277,17 @@ def saved(folder: Path, **changes) -> Checkpoint:
     return open_checkpoint(folder)
 
 
+def loss_of(mean_sensitivity: float, streamed: float) -> StreamingLoss:
+    return StreamingLoss(mean_sensitivity, streamed, (-0.01, 0.01), 90, 30, "slab", "MP3D port", "val", "digest")
+
+
 def test_the_mode_follows_the_training_and_what_streaming_was_found_to_cost(tmp_path: Path):
     windows, slabs = saved(tmp_path / "w"), saved(tmp_path / "s", **{"clip.num_key_slices": 9})
     assert Predictor.open(windows, "cpu").mode == "window"
     assert Predictor.open(slabs, "cpu").mode == "slab"
     for mean_sensitivity, streamed, mode in ((0.8, 0.796, "stream"), (0.8, 0.81, "stream"), (0.8, 0.794, "slab")):
         for checkpoint in (windows, slabs):
-            checkpoint.record_streaming(mean_sensitivity, streamed, {"data set": "made"})
+            checkpoint.record_streaming(loss_of(mean_sensitivity, streamed), {"data set": "made"})
         assert Predictor.open(tmp_path / "s", "cpu").mode == mode
         assert Predictor.open(tmp_path / "w", "cpu").mode == "window"
     assert Predictor.open(slabs, "cpu", mode="window").mode == "window"
@@ -292,12 +297,14 @@ def test_the_mode_follows_the_training_and_what_streaming_was_found_to_cost(tmp_
 def test_what_was_measured_on_other_weights_does_not_count(tmp_path: Path):
     first = saved(tmp_path / "a", **{"clip.num_key_slices": 9})
     second = saved(tmp_path / "b", **{"clip.num_key_slices": 9, "name": "other"})
-    first.record_streaming(0.8, 0.8, {})
+    first.record_streaming(loss_of(0.8, 0.8), {})
     (second.path / STREAMING).write_bytes((first.path / STREAMING).read_bytes())
     assert first.may_be_streamed()
     assert not second.may_be_streamed()
-    (first.path / STREAMING).write_text("torn")
-    assert not first.may_be_streamed()
+    older = {"checkpoint": first.digest, "mean_sensitivity": 0.8, "mean_sensitivity_streamed": 0.8}
+    for damaged in ("torn", json.dumps(older)):  # measured on whatever split was judged
+        (first.path / STREAMING).write_text(damaged)
+        assert not first.may_be_streamed()
 
 
 def test_statistics_over_the_clip_cannot_be_streamed(tmp_path: Path):

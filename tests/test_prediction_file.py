@@ -34,6 +34,14 @@ def test_detections_survive_the_file_bit_for_bit(tmp_path: Path):
                 assert getattr(after, name) == value
 
 
+def test_a_file_from_before_diameters_were_kept_has_none(tmp_path: Path):
+    path = write_predictions(tmp_path / "predictions.parquet", Predictions("detection", RESULTS))
+    pq.write_table(pq.read_table(path).drop_columns(["true_diameters_mm"]), path)
+    for before, after in zip(RESULTS, read_predictions(path).records, strict=True):
+        assert np.isnan(after.true_diameters_mm).all()
+        assert len(after.true_diameters_mm) == len(before.true_boxes)
+
+
 @pytest.mark.parametrize("head", CASES)
 def test_cases_survive_the_file(tmp_path: Path, head):
     back = read_predictions(write_predictions(tmp_path / "predictions.parquet", Predictions(head, CASES[head])))

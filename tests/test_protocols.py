@@ -5,10 +5,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from mp3d.errors import DataError
 from mp3d.metrics.boxes import box_iobb, box_iobb_plus_one, box_iou, centre_closeness
-from mp3d.metrics.froc import froc
+from mp3d.metrics.froc import block_ends, froc, match
+from mp3d.metrics.froc_replicates import froc_intervals
 from mp3d.metrics.protocols import (
     IOBB,
     LENS_3D,
@@ -19,7 +21,7 @@ from mp3d.metrics.protocols import (
     PROTOCOLS,
     THREE_DCE_MULAN,
 )
-from tests.test_froc import boxes, made_images, scored
+from tests.test_froc import boxes, made_images, scored, slow_froc
 
 LESION = [10, 10, 30, 30]
 
@@ -67,10 +69,10 @@ def test_a_centre_on_the_radius_is_outside():
     assert one_image([19.9, 10, 39.9, 30, 0.9], protocol=LUNA16).sensitivity[-1] == 1
 
 
-def test_equal_scores_enter_one_by_one_or_together():
+def test_equal_scores_enter_with_their_false_positives_first_or_together():
     """A hit and two false positives of one score: together the curve goes straight from the origin to (2, 1)."""
     tie = [[*LESION, 0.5], [50, 50, 60, 60, 0.5], [70, 70, 80, 80, 0.5]]
-    assert one_image(*tie).sensitivity_at[1] == 1
+    assert (one_image(*tie).sensitivity_at[1], one_image(*tie).sensitivity_at[2]) == (0, 1)
     assert one_image(*tie, protocol=NNDETECTION_50).sensitivity_at[1] == pytest.approx(0.5)
     assert one_image(*tie, protocol=NNDETECTION_50).sensitivity_at[0.5] == pytest.approx(0.25)
 
@@ -159,6 +161,80 @@ def test_no_protocol_minds_the_order_of_images_and_boxes(made):
             before, after = froc(detections, truths, protocol), froc(*mixed, protocol)
             assert after.sensitivity_at == before.sensitivity_at
             assert after.threshold_at == pytest.approx(before.threshold_at, nan_ok=True)
+
+
+@st.composite
+def tied_images(draw):
+    """As :func:`made_images`, but with two scores only, and patients of two images each."""
+    detections, truths, random = draw(made_images())
+    level = st.sampled_from([0.25, 0.5])
+    tied = [(found, np.array([draw(level) for _ in scores])) for found, scores in detections]
+    return tied, truths, random
+
+
+def reordered(random, detections, truths, *, also_truths: bool):
+    """The same images and detections in another order, and the order of the images."""
+    images = list(range(len(truths)))
+    random.shuffle(images)
+    found, true = [], []
+    for i in images:
+        order = list(range(len(detections[i][1])))
+        random.shuffle(order)
+        found.append((detections[i][0][order], detections[i][1][order]))
+        rows = list(range(len(truths[i])))
+        if also_truths:
+            random.shuffle(rows)
+        true.append(truths[i][rows])
+    return found, true, images
+
+
+@given(tied_images())
+@settings(max_examples=150, deadline=None)
+@pytest.mark.parametrize("protocol", [*PROTOCOLS, LENS_3D], ids=lambda protocol: protocol.name)
+def test_the_order_of_boxes_with_equal_scores_changes_nothing(protocol, made):
+    detections, truths, random = made
+    if protocol is LENS_3D:
+        detections = [(boxes[:, [0, 1, 1, 2, 3, 3]], scores) for boxes, scores in detections]
+        truths = [boxes[:, [0, 1, 1, 2, 3, 3]] for boxes in truths]
+    # which of two lesions a box takes that it overlaps equally much depends on their order, as in COCO's loop
+    ignored = protocol.further_hits == "ignored"
+    found, true, images = reordered(random, detections, truths, also_truths=ignored)
+    before, after = froc(detections, truths, protocol), froc(found, true, protocol)
+    np.testing.assert_array_equal(after.fps_per_image, before.fps_per_image)
+    np.testing.assert_array_equal(after.sensitivity, before.sensitivity)
+    np.testing.assert_array_equal(after.thresholds, before.thresholds)
+    assert after.sensitivity_at == before.sensitivity_at
+    assert after.threshold_at == pytest.approx(before.threshold_at, nan_ok=True)
+    patients = [f"patient {i // 2}" for i in range(len(truths))]
+    first, second = (
+        froc_intervals(match(*of, protocol), names, protocol, num_replicates=100)
+        for of, names in (((detections, truths), patients), ((found, true), [patients[i] for i in images]))
+    )
+    assert np.array(second.mean_sensitivity) == pytest.approx(np.array(first.mean_sensitivity), nan_ok=True)
+
+
+@given(tied_images())
+@settings(max_examples=100, deadline=None)
+@pytest.mark.parametrize("protocol", [MP3D_PORT, THREE_DCE_MULAN, IOBB], ids=lambda protocol: protocol.name)
+def test_at_every_score_there_is_the_curve_is_that_of_the_authors_loop(protocol, made):
+    """In whatever order the loop takes equal scores; and between them no lesion is found."""
+    detections, truths, random = made
+    result = froc(detections, truths, protocol)
+    found, true, _ = reordered(random, detections, truths, also_truths=True)
+    fps, sensitivity = slow_froc(found, true, protocol)
+    ends = block_ends(result.thresholds)
+    assert result.fps_per_image[ends] == pytest.approx(np.array(fps)[ends])
+    assert result.sensitivity[ends] == pytest.approx(np.array(sensitivity)[ends])
+    assert set(np.flatnonzero(np.diff(result.sensitivity, prepend=0)).tolist()) <= set(ends.tolist())
+
+
+def test_of_equal_scores_the_box_that_fits_best_takes_the_lesion_first():
+    """One to one: the better box overlaps both lesions (0.91, 0.69), the other only one (0.6), which then is taken."""
+    lesions = [[0, 0, 10, 10], [0, 0, 10, 16]]
+    better, other = [0, 0, 10, 11, 0.5], [0, 0, 10, 6, 0.5]
+    for both in ([better, other], [other, better]):
+        result = one_image(*both, true=lesions, protocol=NNDETECTION_50)
+        assert (result.sensitivity[-1], result.last_fps_per_image) == (0.5, 1)
 
 
 def test_overlaps_in_space():

@@ -3,6 +3,7 @@
 import base64
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from io import BytesIO
 
@@ -10,20 +11,25 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from mp3d.data.series import Volume
 from mp3d.evaluation import (
-    ClassifiedCase,
     Evaluation,
     KeySliceResult,
-    MaskedSlice,
     Predictions,
-    SegmentedCase,
-    evaluate_cases,
     evaluate_detector,
 )
+from mp3d.findings import group_findings
 from mp3d.metrics.protocols import MP3D_PORT
-from mp3d.report import write_case_report, write_report
-from mp3d.report.case_figures import draw_masks
-from mp3d.report.figures import TRUE_COLOUR, draw_key_slice
+from mp3d.predict import Finding
+from mp3d.report import write_report
+from mp3d.report.figures import (
+    FOUND_COLOUR,
+    OTHER_COLOUR,
+    TRUE_COLOUR,
+    draw_finding,
+    draw_key_slice,
+    finding_caption,
+)
 from mp3d.report.gallery import choose_exhibits
 from mp3d.report.windows import BONE, LIVER, LUNG, SOFT_TISSUE, display_window
 
@@ -53,6 +59,7 @@ def key_slice(index, detections, true_boxes=(LESION,)):
         labels=np.ones(len(table), dtype=np.int64),
         true_types=("lung",) * len(true_boxes),
         true_instances=np.ones(len(true_boxes), dtype=np.int64),
+        true_diameters_mm=np.full(len(true_boxes), 13, dtype=np.float32),
     )
 
 
@@ -139,6 +146,17 @@ def test_the_page_is_self_contained(page):
     assert {"charset": "utf-8"} in outline.all("meta")
 
 
+def test_on_paper_no_table_is_cut(page):
+    """Nothing can be scrolled to there: tables are not clipped and their cells may wrap, whatever the screen has."""
+    style = page.split("<style>")[1].split("</style>")[0]
+    before, printed = style.split("@media print {")
+    for rule in (".scroll, pre { overflow: visible; }", "th, td { padding: .3rem .4rem; white-space: normal; }"):
+        assert rule in printed
+    assert ".scroll { overflow-x: auto; }" in before  # and what comes later wins
+    assert printed.count("{") == printed.count("}") - 1
+    assert printed.rstrip().endswith("}\n}")
+
+
 def test_every_picture_opens_and_has_an_alt_text(page):
     images = Outline(page).all("img")
     assert len(images) == 4 + 6 + 3 + 6  # figures, found, missed, false positives
@@ -186,6 +204,7 @@ def test_the_text_names_protocol_sample_and_purpose(page, evaluation):
     assert "soft tissue window −160 to 240 HU" in text  # of false positives, which have no kind
     assert "patient patient00 · series series01 · slice 11" in text
     assert "16 × 16 mm" in text
+    assert "size is the long diameter that the data set gives." in text
     assert '"lr": 0.02' in text
     assert "the threshold for 1 false positive per image, chosen on" in text
     assert "Research use only" in text
@@ -222,6 +241,17 @@ def test_without_pixels_there_are_numbers_but_no_pictures(tmp_path):
     assert set(files.pictures) == {"froc", "protocols", "strata", "calibration"}
 
 
+@pytest.mark.parametrize(("number", "told"), [(300, True), (200, False), (100, False)])
+def test_the_interval_of_cocos_ap_says_of_how_many_resamples_it_is(tmp_path, number: int, told: bool):
+    of = evaluate_detector(Predictions("detection", [key_slice(0, [(*LESION, 0.9)])]), num_replicates=number)
+    page = write_report(tmp_path / "report.html", of).page.read_text(encoding="utf-8")
+    text = " ".join(Outline(page).text.split())
+    assert ("is of the first 200 of them" in text) == told
+    assert (", 200 resamples" in text) == told
+    numbers = json.loads((tmp_path / "metrics.json").read_text())
+    assert (numbers["intervals"]["replicates"], numbers["ap50_95_replicates"]) == (number, min(number, 200))
+
+
 def test_with_nothing_detected_the_report_still_stands(tmp_path):
     silent = evaluate_detector(Predictions("detection", [key_slice(0, [])]), num_replicates=100)
     page = write_report(tmp_path / "report.html", silent, lambda _: ct_slice()).page.read_text(encoding="utf-8")
@@ -236,54 +266,33 @@ def test_slices_that_are_not_at_hand_are_left_out(tmp_path):
     assert "Their slices are not at hand." in page
 
 
-def test_a_classifier_has_a_report(tmp_path):
-    rng = np.random.default_rng(0)
-    cases = [ClassifiedCase(f"p{i}", f"s{i}", i % 2, (0.0, float(rng.normal(2 * (i % 2) - 1, 1)))) for i in range(40)]
-    point = {"threshold": 0.5, "chosen_on": "split 'val', 12 cases"}
-    evaluation = evaluate_cases(
-        Predictions("classification", cases, {"config": "{}"}, operating_point=point), "nodules", {"itself": cases},
-        ("benign", "malignant"), num_replicates=100,
-    )  # fmt: skip
-    files = write_case_report(tmp_path / "report.html", evaluation, lambda _: ct_slice(), None)
-    text = " ".join(Outline(files.page.read_text(encoding="utf-8")).text.split())
-    assert set(files.pictures) == {"roc", "scores", "confusion", "calibration"}
-    assert f"{evaluation.scores['auc']:.3f}" in text
-    assert "It was chosen on: split 'val', 12 cases." in text
-    assert "malignant, said malignant" in text
-    assert "Wrong" in text
-    assert files.numbers["auc"] == evaluation.scores["auc"]
-    numbers = json.loads((tmp_path / "metrics.json").read_text())
-    assert numbers["comparisons"]["itself"]["p_value"] == 1
-    assert numbers["metric_intervals"]["auc"][0] < numbers["metrics"]["auc"]
+def coloured(pixels: np.ndarray, colour: str) -> np.ndarray:
+    """Where a picture has a colour."""
+    wanted = np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)])
+    return np.abs(pixels.astype(int) - wanted).sum(axis=2) < 60
 
 
-def test_a_segmenter_has_a_report(tmp_path):
-    cases = [SegmentedCase(f"p{i}", f"s{i}", ((40 + 5 * i, 100, 100),), (float(i + 1),), i) for i in range(11)]
-    evaluation = evaluate_cases(
-        Predictions("segmentation", cases), "livers", class_names=("liver",), num_replicates=100
+def test_the_picture_of_a_finding_marks_which_box_is_meant():
+    """Two lesions on one slice: the one that the picture is of is bold, the other thin and of another colour."""
+    volume = Volume(np.stack([ct_slice()] * 9), np.diag([0.8, 0.8, 2.5, 1]))
+    boxes = {LESION: 0.9, ELSEWHERE: 0.6}
+    nowhere = (0.0, 0.0, 0.0)
+    findings = [Finding(box, 4, (nowhere,) * 4, nowhere, 16.0, score, 1) for box, score in boxes.items()]
+    lesions = group_findings(findings, volume, 2.5)
+    for number, box in enumerate(boxes, 1):
+        with Image.open(BytesIO(draw_finding(volume, lesions, number))) as picture:
+            assert picture.size == (800, 430)
+            pixels = np.asarray(picture.convert("RGB"))
+        assert (pixels[405:] > 200).any()  # the caption
+        x1, _, x2, y2 = np.array(box) * 400 / 96  # in the whole slice, the left half of the picture
+        below = (slice(int(y2) - 4, int(y2) + 4), slice(int(x1) + 10, int(x2) - 10))
+        assert coloured(pixels[below], FOUND_COLOUR).any()
+        assert not coloured(pixels[below], OTHER_COLOUR).any()
+        marked = [int(coloured(pixels[:400, :400], colour).sum()) for colour in (FOUND_COLOUR, OTHER_COLOUR)]
+        assert marked[0] > 1.5 * marked[1] > 0
+    assert finding_caption(volume, lesions[1], 2, SOFT_TISSUE) == (
+        "lesion 2 · slice 4 of 0–8 · score 0.60 · 16 × 16 × 2 mm (x, y, z) · soft tissue window −160 to 240 HU"
     )
-    truth, answer = (np.zeros((96, 96), np.uint8) for _ in range(2))
-    truth[30:50, 40:60], answer[32:52, 40:60] = 1, 1
-    files = write_case_report(
-        tmp_path / "report.html", evaluation, None, lambda _: MaskedSlice(ct_slice(), truth, answer)
-    )
-    text = " ".join(Outline(files.page.read_text(encoding="utf-8")).text.split())
-    assert "Best 6 of 11" in text
-    assert "Worst 5 of 11" in text
-    assert "Dice 0.90" in text
-    assert "liver, as answered" in text
-    assert list(files.pictures) == ["dice"]
-
-
-def test_the_outline_is_drawn_on_the_true_mask():
-    truth = np.zeros((96, 96), np.uint8)
-    truth[30:50, 40:60] = 1
-    with Image.open(BytesIO(draw_masks(MaskedSlice(ct_slice(), truth, np.zeros_like(truth))))) as picture:
-        pixels = np.asarray(picture.convert("RGB")).astype(int)[:, picture.width // 2 :]
-    wanted = np.array([int(TRUE_COLOUR[i : i + 2], 16) for i in (1, 3, 5)])
-    rows, columns = np.nonzero(np.abs(pixels - wanted).sum(axis=2) < 80)
-    scale = pixels.shape[0] / 48  # the square around what is marked, 48 pixels wide
-    assert (np.ptp(columns) / scale, np.ptp(rows) / scale) == (pytest.approx(20, abs=1), pytest.approx(20, abs=1))
 
 
 def test_exhibits_say_why_a_lesion_was_missed():
@@ -302,6 +311,23 @@ def test_exhibits_say_why_a_lesion_was_missed():
         13: ("missed: no detection there", None),
     }
     assert [each.iou for each in gallery.false_positives] == pytest.approx([100 / 700, 0])
+
+
+def test_of_several_near_misses_of_a_lesion_one_is_shown():
+    """On two slices of one lesion five boxes lie around it, beside one that lies elsewhere; all of them are counted."""
+    x1, y1, x2, y2 = LESION
+    around = [(x1 - 12, y1, x2 - 12, y2, 0.8), (x1 + 12, y1, x2 + 12, y2, 0.9), (x1, y1 - 12, x2, y2 - 12, 0.6)]
+    first = key_slice(0, [*around, (*ELSEWHERE, 0.7)])
+    second = replace(first, z_index=11, boxes=first.boxes[1:3], scores=first.scores[1:3], labels=first.labels[1:3])
+    gallery = choose_exhibits([first, second], threshold=0.5, protocol=MP3D_PORT)
+    assert [(each.score, each.verdict) for each in gallery.false_positives] == [
+        (pytest.approx(0.9), "false positive, best of 5 around one lesion"),
+        (pytest.approx(0.7), "false positive"),
+    ]
+    assert gallery.num_false_positives == 6
+    unknown = [replace(each, true_instances=np.zeros(1, np.int64)) for each in (first, second)]  # two lesions, maybe
+    gallery = choose_exhibits(unknown, threshold=0.5, protocol=MP3D_PORT)
+    assert [each.score for each in gallery.false_positives] == pytest.approx([0.9, 0.9, 0.7])
 
 
 def test_exhibits_prefer_different_series():

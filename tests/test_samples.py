@@ -5,13 +5,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from mp3d.config import ClipConfig
 from mp3d.data.blocks import read_block
 from mp3d.data.prepare import prepare
-from mp3d.data.samples import classified_samples, masked_samples, tile_samples
+from mp3d.data.samples import Sample, classified_samples, masked_samples, spread, tile_samples
 from mp3d.data.series import CTSeries, Truth, Volume
-from mp3d.data.shard import ShardSet, open_shards
+from mp3d.data.shard import SeriesEntry, ShardSet, open_shards
 from mp3d.data.source import Item, Source
 from mp3d.errors import DataError
 from tests.tiny import ID_KEY, ball_shards, ct_shards, masked_picture_shards, picture_shards
@@ -83,3 +85,16 @@ def test_series_without_masks_have_no_tiles(tmp_path: Path):
     shards = open_shards(ct_shards(tmp_path / "ct", patients=4))
     with pytest.raises(DataError, match="has no mask"):
         tile_samples(shards, "train", ANYWHERE)
+
+
+@given(st.integers(1, 300), st.integers(1, 300))
+def test_so_many_samples_as_asked_for_are_spread_evenly(there: int, most: int):
+    entry = SeriesEntry("s", "p", "test", "f", 0, 8, there, (1.0, 1.0, 1.0), None)
+    samples = [Sample(entry, row) for row in range(there)]
+    rows = [sample.row for sample in spread(samples, most)]
+    assert len(rows) == min(there, most)
+    steps = np.diff(rows)
+    assert (steps >= 1).all()
+    assert np.ptp(steps) <= 1 if len(steps) else True
+    assert abs(rows[0] - (there - 1 - rows[-1])) <= 1  # as much is left out before the first as behind the last
+    assert spread(samples, None) == samples

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from mp3d.data.batches import slice_truth
 from mp3d.data.series import CTSeries, Picture, Truth, Volume
 from mp3d.data.shard import (
     FORMAT_VERSION,
@@ -23,6 +24,7 @@ from mp3d.data.shard import (
     Row,
     SeriesEntry,
     ShardSet,
+    cached,
     count_rows,
     decode_image,
     decode_truth,
@@ -37,6 +39,7 @@ from mp3d.data.shard import (
 )
 from mp3d.data.shard import manifest as manifest_module
 from mp3d.data.shard import part_file as part_file_module
+from mp3d.data.shard import rows as rows_module
 from mp3d.errors import DataError
 
 ORIGIN = Origin("made", "made/1", b"secret")
@@ -69,6 +72,7 @@ def test_series_comes_back_as_it_was(tmp_path):
     mask[2:4, 1:3] = 7
     nothing = Truth(np.zeros((0, 4), np.float32), np.zeros(0, np.int64))
     two = Truth(boxes, np.array([1, 3]), instances=np.array([7, 2]), types=("liver", None))
+    two = replace(two, diameters_mm=np.array([1.5, np.nan], np.float32))
     truths = (Truth(), nothing, two, Truth(mask=mask), Truth(boxes[:1]))
     series = replace(make_series(truths=truths), warnings=("LOCALIZER_DROPPED",))
     shards = write_set(tmp_path, series)
@@ -96,10 +100,30 @@ def test_series_comes_back_as_it_was(tmp_path):
     assert np.array_equal(np.array(back[2].labels), [1, 3])
     assert np.array_equal(np.array(back[2].instances), [7, 2])
     assert (back[2].types, back[4].types) == (("liver", None), None)
+    np.testing.assert_array_equal(np.array(back[2].diameters_mm), [1.5, np.nan])
+    assert back[4].diameters_mm is None
     assert np.array_equal(np.array(back[3].mask), mask)
     assert back[3].boxes is None
     assert back[4].labels is None
     assert back[4].instances is None
+
+
+def test_files_from_before_diameters_were_kept_are_read(tmp_path, monkeypatch):
+    """As they were written: without the column, and with checksums that know nothing of it."""
+    older = SCHEMA.remove(SCHEMA.get_field_index("diameters_mm"))
+    with monkeypatch.context() as before:
+        before.setattr(part_file_module, "SCHEMA", older)
+        before.setattr(rows_module, "SCHEMA", older)
+        truths = (Truth(np.array([[1, 2, 3, 4]], np.float32), np.array([1])), Truth())
+        write_set(tmp_path / "shards", make_series(depth=2, truths=truths))
+    assert "diameters_mm" not in pq.read_schema(tmp_path / "shards" / "part-00000.parquet").names
+    shards = open_shards(tmp_path / "shards")
+    with_cache = cached(shards, tmp_path / "cache", max_gb=1)
+    for way in (shards, with_cache, with_cache):
+        first, second = way.read_rows(shards.entries[0], 0, 2)
+        assert np.array_equal(np.array(decode_truth(first).boxes), [[1, 2, 3, 4]])
+        assert decode_truth(first).diameters_mm is decode_truth(second).diameters_mm is None
+        assert slice_truth(first, shards.entries[0])[1].diameters_mm is None
 
 
 def test_nobody_looked_at_all(tmp_path):
@@ -134,6 +158,8 @@ def test_pictures_keep_their_jpeg(tmp_path):
         ({"boxes": np.array([[1, 2, 3, 4]], np.float32), "labels": np.array([1, 1])}, "one label"),
         ({"boxes": np.array([[1, 2, 3, 4]], np.float32), "instances": np.array([0])}, "one instance from 1 on"),
         ({"instances": np.array([1])}, "one instance"),
+        ({"boxes": np.array([[1, 2, 3, 4]], np.float32), "diameters_mm": np.zeros(1)}, "one above 0, or NaN, for each"),
+        ({"diameters_mm": np.ones(1)}, "one above 0, or NaN, for each box"),
         ({"boxes": np.array([[1, 2, 3, 4]], np.float32), "types": ("lung", "lung")}, "one for each box"),
         ({"mask": np.zeros((15, 16), np.uint8)}, "mask"),
     ],

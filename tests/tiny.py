@@ -25,11 +25,11 @@ from mp3d.data.synthetic.plain import ball_series, blob_series, picture_batch, s
 ID_KEY = b"tests" * 5
 
 
-def ct_shards(out: Path, patients: int = 8) -> Path:
+def ct_shards(out: Path, patients: int = 8, id_key: bytes = ID_KEY) -> Path:
     """Half of the patients in train, the rest in val and test."""
     splits = {index: "train" if index % 2 == 0 else ("val" if index % 4 == 1 else "test") for index in range(patients)}
     items = [Item(f"p{i}", f"patient {i}", split, partial(blob_series, i)) for i, split in splits.items()]
-    prepare(Source("blobs", "tiny/1", ("lesion",), tuple(items)), out, id_key=ID_KEY, runner="local")
+    prepare(Source("blobs", "tiny/1", ("lesion",), tuple(items)), out, id_key=id_key, runner="local")
     return out
 
 

@@ -37,7 +37,7 @@ class EvaluateConfig(Config):
     shards: str | None = None
     """Folder that ``jobs/prepare.py`` wrote; beside ``predictions`` only for the report's pictures."""
     predictions: str | None = None
-    """A predictions.parquet to judge in place of a checkpoint."""
+    """A predictions.parquet to judge in place of a checkpoint; the split is the one that it is of."""
     compare: str | None = None
     """The predictions.parquet of another model on the same slices or cases: both side by side, with a paired test."""
     split: str = "test"
@@ -48,12 +48,14 @@ class EvaluateConfig(Config):
     ablations: bool = False
     """Also judge the same network without training, and fed its key slice nine times (no z context)."""
     streamed: bool = False
-    """Also judge it streamed over whole series, and keep the difference beside the checkpoint: where it is at most half
-    a point of mean sensitivity, a detector trained on slabs is streamed from then on.
+    """Also judge it streamed over whole series, and keep beside the checkpoint what that costs on the split
+    ``choose_on``, against whole series in the clips of the training: where it is at most half a point of mean
+    sensitivity, a detector trained on slabs is streamed from then on.
     """
     choose_on: str = "val"
     """Split on which a detector's operating points are chosen and kept beside the checkpoint, whenever it is judged
-    with key slices; none are chosen where the data have no such split. They are used by ``predict`` and ``serve``.
+    with key slices; none are chosen where the data have no such split. They are used by ``predict`` and ``serve``. On
+    the same split it is measured what streaming costs.
     """
     replicates: Annotated[int, Field(ge=100)] = 1000
     """Of the bootstrap over patients, behind every interval and test."""

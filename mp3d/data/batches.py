@@ -30,8 +30,9 @@ class SliceInfo:
     spacing_mm: tuple[float, float, float] | None
     """z, y, x."""
     lesion_types: tuple[str | None, ...] | None = None
-    """Of its boxes, as ``instances``; None where they are not known."""
+    """Of its boxes, as ``instances`` and ``diameters_mm``; None where they are not known."""
     instances: tuple[int, ...] | None = None
+    diameters_mm: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -193,8 +194,9 @@ def slice_truth(row: Row, entry: SeriesEntry) -> tuple[Target, SliceInfo]:
 
 
 def _info(row: Row, entry: SeriesEntry) -> SliceInfo:
-    types, instances = (None if row[name] is None else tuple(row[name]) for name in ("lesion_types", "instances"))
-    return SliceInfo(row["patient"], row["series"], row["z_index"], entry.spacing_mm, types, instances)
+    names = ("lesion_types", "instances", "diameters_mm")
+    known = ((None if row.get(name) is None else tuple(row[name])) for name in names)
+    return SliceInfo(row["patient"], row["series"], row["z_index"], entry.spacing_mm, *known)
 
 
 def _target(row: Row) -> Target:

@@ -25,7 +25,7 @@ from mp3d.data.source import Item, Source
 from mp3d.data.splits import SPLITS
 from mp3d.errors import DataError, Refusal
 
-READER = "deeplesion/2"
+READER = "deeplesion/3"
 LONE_SLICE_MM = 1.0
 """Stands for the slice interval where the table gives none; no neighbour is ever read by it."""
 
@@ -37,9 +37,9 @@ def read_deeplesion(
 ) -> Source:
     """DeepLesion: key slices with boxes in 16-bit PNG, official split.
 
-    All lesions have the label 1; the coarse type is stored beside it. The data set does not say how a slice lies in the
-    patient: the affine takes columns for +x, rows for +y and slice numbers for +z of LPS, with the origin at slice 0,
-    so that distances are right, but directions and places in the body are not.
+    All lesions have the label 1; the coarse type and the long RECIST diameter are stored beside it. The data set does
+    not say how a slice lies in the patient: the affine takes columns for +x, rows for +y and slice numbers for +z of
+    LPS, with the origin at slice 0, so that distances are right, but directions and places in the body are not.
 
     Consecutive slices are a series: a folder is cut where a slice is missing, and in a clip around a key slice all
     neighbours beyond the gap are the last slice before it. The authors step towards the key slice for the missing
@@ -118,17 +118,18 @@ def load_run(run: SliceRun, lesions: Sequence[Lesion], spacing_mm: tuple[float, 
         Refusal: as :func:`~mp3d.data.deeplesion_images.read_run`.
     """
     hu = read_run(run)
-    boxes: dict[int, list[tuple[np.ndarray, str | None]]] = defaultdict(list)
+    boxes: dict[int, list[tuple[np.ndarray, str | None, float]]] = defaultdict(list)
     warnings: set[str] = set()
     if math.isnan(spacing_mm[2]):
         spacing_mm = (*spacing_mm[:2], LONE_SLICE_MM)
         warnings.add("INTERVAL_UNKNOWN")
+    pixel_mm = math.sqrt(spacing_mm[0] * spacing_mm[1])  # its pixels are square
     for lesion in lesions:
         box, warning = clip_box(lesion.box, *hu.shape[1:])
         if warning:
             warnings.add(warning)
         if box is not None:
-            boxes[lesion.slice_number].append((box, lesion.type))
+            boxes[lesion.slice_number].append((box, lesion.type, lesion.long_diameter_px * pixel_mm))
     truths = tuple(_truth(boxes[number]) for number in run.numbers)
     return series_of_run(run, hu, spacing_mm, truths, warnings)
 
@@ -215,12 +216,17 @@ def clip_box(box: Box, rows: int, columns: int) -> tuple[Float[np.ndarray, " 4"]
     return inside, "BOX_CLIPPED" if (inside != np.array(box, np.float32)).any() else None
 
 
-def _truth(lesions: Sequence[tuple[np.ndarray, str | None]]) -> Truth:
+def _truth(lesions: Sequence[tuple[np.ndarray, str | None, float]]) -> Truth:
     """A slice whose boxes were all dropped is no slice without lesions."""
     if not lesions:
         return Truth()
-    boxes, types = zip(*lesions, strict=True)
-    return Truth(np.stack(boxes), np.ones(len(boxes), np.int64), types=types)
+    boxes, types, diameters_mm = zip(*lesions, strict=True)
+    return Truth(
+        np.stack(boxes),
+        np.ones(len(boxes), np.int64),
+        types=types,
+        diameters_mm=None if all(map(math.isnan, diameters_mm)) else np.array(diameters_mm, np.float32),
+    )
 
 
 def _is_length(value: float) -> bool:

@@ -1,6 +1,7 @@
 """DeepLesion's table of lesions, ``DL_info.csv``."""
 
 import csv
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -37,6 +38,7 @@ class Lesion:
         split: the official one.
         noisy: the authors doubt this annotation.
         type: where the lesion is, one of ``LESION_TYPES``; None: not annotated.
+        long_diameter_px: as it was measured (RECIST); NaN where the table has none.
     """
 
     folder: str
@@ -46,6 +48,7 @@ class Lesion:
     split: str
     noisy: bool
     type: str | None = None
+    long_diameter_px: float = math.nan
 
 
 def read_table(path: Path) -> list[Lesion]:
@@ -73,10 +76,17 @@ def _parse(rows: csv.DictReader, path: Path) -> Iterator[Lesion]:
             split = SPLIT_NAMES[row["Train_Val_Test"].strip()]
             noisy = float(row["Possibly_noisy"]) > 0
             lesion_type = LESION_TYPES[row["Coarse_lesion_type"].strip()]
+            diameter = _long_diameter(row.get("Lesion_diameters_Pixel_") or "")
         except KeyError as error:
             raise DataError(
                 f"{path}, line {rows.line_num}: no column, split or lesion type {error}; is it DL_info.csv?"
             ) from error
         except (ValueError, AttributeError) as error:
             raise DataError(f"{path}, line {rows.line_num} cannot be parsed: {error}") from error
-        yield Lesion(folder, int(number[1]), (x1, y1, x2, y2), (x, y, z), split, noisy, lesion_type)
+        yield Lesion(folder, int(number[1]), (x1, y1, x2, y2), (x, y, z), split, noisy, lesion_type, diameter)
+
+
+def _long_diameter(diameters_px: str) -> float:
+    """The first of ``long, short``; NaN where there is none above 0."""
+    long = float(diameters_px.split(",")[0]) if diameters_px.strip() else math.nan
+    return long if math.isfinite(long) and long > 0 else math.nan

@@ -1,6 +1,6 @@
 """What a run reads: which key slices, pictures or blocks of a split, found in the index without opening a file."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 
@@ -20,6 +20,13 @@ class Sample:
     row: int
     centre: tuple[float, float, float] | None = None
     """Of a block, as slice, row and column numbers; None: the middle of the slice."""
+
+
+def spread(samples: Sequence[Sample], most: int | None) -> list[Sample]:
+    """So many of the samples, evenly spread over them and in order; all, where there are not more or it is None."""
+    if most is None or most >= len(samples):
+        return list(samples)
+    return [samples[(2 * number + 1) * len(samples) // (2 * most)] for number in range(most)]
 
 
 def annotated_samples(shards: ShardSet, split: str, negatives: float = 0.0) -> tuple[list[Sample], list[Sample]]:

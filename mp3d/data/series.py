@@ -44,6 +44,9 @@ class Truth:
     """``(b,)`` int, from 1; which object of the series each box is a slice of. None: that is not known."""
     types: tuple[str | None, ...] | None = None
     """Kind of lesion of each box, in the data set's words (DeepLesion: bone, lung ...); None: that is not known."""
+    diameters_mm: np.ndarray | None = None
+    """``(b,)`` float, the measured long diameter (RECIST) of the lesion of each box; NaN, or None for all: that is not
+    known."""
 
 
 def boxes_3d(

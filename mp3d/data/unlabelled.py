@@ -1,5 +1,6 @@
 """Series to look for lesions in: whatever CT a folder holds, in DICOM, NIfTI, NRRD or MetaImage. No labels."""
 
+import os.path
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,13 +18,26 @@ class UnlabelledSeries:
     """A series that was listed and not yet read.
 
     Attributes:
-        name: of its file, or of the first of its files, relative to what was listed.
+        first_file: its file, or the first of its files, relative to what was listed; unique in a listing.
         source: the files of a DICOM series, or the one file of a volume.
     """
 
-    name: str
+    first_file: str
     source: SeriesFiles | Path
     policy: GeometryPolicy = GeometryPolicy()
+
+    @property
+    def name(self) -> str:
+        """The Series Instance UID where DICOM gives one, else the file; two acquisitions of a series share it."""
+        return self.series_instance_uid or self.first_file
+
+    @property
+    def folder(self) -> str:
+        """What holds all of its files, relative to what was listed, whose own name is ``"."``."""
+        files = [self.first_file]
+        if isinstance(self.source, SeriesFiles):
+            files += [header.name for header in self.source.slices]
+        return os.path.commonpath([os.path.dirname(file) for file in files]) or "."
 
     @property
     def series_instance_uid(self) -> str | None:
@@ -45,7 +59,7 @@ class UnlabelledSeries:
 def list_unlabelled(
     root: Path, policy: GeometryPolicy | None = None, volumes: str = "*"
 ) -> tuple[list[UnlabelledSeries], list[tuple[str, Refusal]]]:
-    """Every CT series under a folder (or in one file), by name; and what was refused.
+    """Every CT series under a folder (or in one file), by its first file; and what was refused.
 
     Args:
         volumes: which volumes in one file are meant, by a pattern of their names.
@@ -64,4 +78,4 @@ def list_unlabelled(
         names = {path.relative_to(root).as_posix(): path for path in walk(root) if is_volume_file(path)}
         found += [UnlabelledSeries(name, path) for name, path in names.items() if path.match(volumes)]
         listing.refused[:] = [(name, refusal) for name, refusal in listing.refused if name not in names]
-    return sorted(found, key=lambda series: series.name), sorted(listing.refused, key=lambda each: each[0])
+    return sorted(found, key=lambda series: series.first_file), sorted(listing.refused, key=lambda each: each[0])

@@ -9,10 +9,11 @@ from mp3d.evaluation.case_scores import (
     chosen_threshold,
     classification_scores,
     evaluate_cases,
+    num_defined,
     segmentation_scores,
 )
 from mp3d.evaluation.cases import CasePredictor, case_samples
-from mp3d.evaluation.detection import Evaluation, evaluate_detector, froc_of
+from mp3d.evaluation.detection import Evaluation, evaluate_detector, froc_of, streaming_loss
 from mp3d.evaluation.key_slices import (
     ABLATIONS,
     KeySlicePredictor,
@@ -54,10 +55,12 @@ __all__ = [
     "evaluate_cases",
     "evaluate_detector",
     "froc_of",
+    "num_defined",
     "predict_clips",
     "provenance_of",
     "read_predictions",
     "segmentation_scores",
+    "streaming_loss",
     "without_context",
     "write_predictions",
 ]

@@ -31,6 +31,7 @@ class CaseEvaluation:
     Attributes:
         scores: by name, as :func:`classification_scores` or :func:`segmentation_scores` have them.
         intervals: 95 %, by resampling patients, of those that have one.
+        num_defined: of scores that are means over cases, how many of the cases define them (:func:`num_defined`).
         threshold_from: where the threshold of a two-class classifier comes from, in words.
         calibration: of a classifier, of the class it says.
         comparisons: of other models on the same cases, the score by which they are compared and the paired test.
@@ -41,6 +42,7 @@ class CaseEvaluation:
     cases: Sequence[Case]
     scores: Mapping[str, float]
     intervals: Mapping[str, Interval]
+    num_defined: Mapping[str, int]
     threshold_from: str | None
     calibration: Calibration | None
     class_names: Sequence[str]
@@ -55,13 +57,14 @@ class CaseEvaluation:
 
 @dataclass(frozen=True)
 class CaseComparison:
-    """Another model: its value of ``score``, the difference from the judged one, and the chance of it."""
+    """Another model: its value of ``score``, the difference from the judged one, the chance of it, and its answers."""
 
     score: str
     value: float
     difference: float
     interval: Interval
     p_value: float
+    cases: Sequence[Case] = field(compare=False, repr=False)
 
 
 def evaluate_cases(
@@ -83,14 +86,15 @@ def evaluate_cases(
     weights = patient_weights([case.patient for case in cases], num_replicates, seed)
     point = predictions.operating_point or {}
     classified = [case for case in cases if isinstance(case, ClassifiedCase)]
-    known = None
+    known, defined = None, {}
     if classified:
         scores = classification_scores(classified, point.get("threshold"))
         logits, labels = _columns(classified)
         said, probabilities = logits.argmax(1), softmax(logits, axis=1)
         known = calibration(probabilities[np.arange(len(said)), said], said == labels)
     else:
-        scores = segmentation_scores([case for case in cases if isinstance(case, SegmentedCase)])
+        segmented = [case for case in cases if isinstance(case, SegmentedCase)]
+        scores, defined = segmentation_scores(segmented), num_defined(segmented)
     replicates = case_replicates(cases, weights, scores.get("threshold"))
     return CaseEvaluation(
         name=name,
@@ -98,6 +102,7 @@ def evaluate_cases(
         cases=cases,
         scores=scores,
         intervals={score: interval(values) for score, values in replicates.items()},
+        num_defined=defined,
         threshold_from=(point.get("chosen_on") or "the judged cases themselves") if "threshold" in scores else None,
         calibration=known,
         class_names=class_names,
@@ -152,7 +157,8 @@ def _compared(
     doubled = (np.concatenate([1 - swap, swap], axis=1), np.concatenate([swap, 1 - swap], axis=1))
     first, second = (case_replicates(both, of, None)[score] for of in doubled)
     as_large = int((np.abs(second - first) >= abs(difference) - 1e-12).sum())
-    return CaseComparison(score, float(value), difference, interval(spread), (1 + as_large) / (1 + len(weights)))
+    p_value = (1 + as_large) / (1 + len(weights))
+    return CaseComparison(score, float(value), difference, interval(spread), p_value, others)
 
 
 def _ranked(cases: Sequence[Case]) -> Sequence[Case]:
@@ -220,6 +226,25 @@ def segmentation_scores(cases: Sequence[SegmentedCase]) -> dict[str, float]:
         for name, values in per_class.items():
             scores |= {f"{name}_{number}": float(value) for number, value in enumerate(values, 1)}
     return scores
+
+
+def num_defined(cases: Sequence[SegmentedCase]) -> dict[str, int]:
+    """By name of a score of :func:`segmentation_scores` that is a mean over cases, how many of them it is over.
+
+    Dice needs a voxel in one of the masks; HD95 one in each of them, and a truth that is known everywhere. Over several
+    classes, a case counts in which one of them is defined.
+    """
+    values = {
+        "dice_per_case": dice(np.array([case.counts for case in cases], np.int64)),
+        "hausdorff_95_mm": np.array([case.hausdorff_95_mm for case in cases], float),
+    }
+    numbers = {}
+    for name, of_classes in values.items():
+        defined = ~np.isnan(of_classes)
+        numbers[name] = int(defined.any(axis=1).sum())
+        if defined.shape[1] > 1:
+            numbers |= {f"{name}_{number}": int(each.sum()) for number, each in enumerate(defined.T, 1)}
+    return numbers
 
 
 def _columns(cases: Sequence[ClassifiedCase]) -> tuple[np.ndarray, np.ndarray]:

@@ -8,7 +8,7 @@ import numpy as np
 from mp3d.checkpoint import open_checkpoint
 from mp3d.config import UNKNOWN, ClassificationHead, EvaluateConfig, ModelConfig, SegmentationHead
 from mp3d.data.batches import ClipDataset, evaluation_batches
-from mp3d.data.samples import Sample, classified_samples, masked_samples
+from mp3d.data.samples import Sample, classified_samples, masked_samples, spread
 from mp3d.data.shard import SeriesEntry, ShardSet, decode_image, decode_truth, open_shards
 from mp3d.device import pick_device, ready_for_inference
 from mp3d.errors import ConfigError, DataError
@@ -38,7 +38,7 @@ def case_samples(config: EvaluateConfig, model: ModelConfig, shards: ShardSet, s
             raise ConfigError("a detector is judged on key slices, not on cases")
     if not samples:
         raise DataError(f"split {split!r} of {shards.folder} has no mask that marks anything; nothing to judge")
-    return samples[:: math.ceil(len(samples) / (config.max_clips or len(samples)))]
+    return spread(samples, config.max_clips)
 
 
 class CasePredictor:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from jaxtyping import Bool
 
+from mp3d.checkpoint import StreamingLoss
 from mp3d.evaluation.lesions_3d import Lesions3D, judge_lesions_3d
 from mp3d.evaluation.prediction_file import Predictions, check_same_truth
 from mp3d.evaluation.results import KeySliceResult
@@ -23,14 +24,13 @@ from mp3d.metrics.protocols import MP3D_PORT, PROTOCOLS, FrocProtocol
 from mp3d.operating_points import OperatingPoints
 
 SIZES_MM = (10.0, 30.0)
-"""Where lesions are parted by the longer side of their box. DeepLesion's papers part by the long RECIST diameter, which
-is shorter: its boxes have a margin of 5 pixels on each side."""
+"""Where lesions are parted by size, as DeepLesion's papers do it by the long RECIST diameter."""
 THIN_MM = 2.0
 """Slices that are not thicker count as thin (AlignShift)."""
 
 
 COCO_REPLICATES = 200
-"""Resamples for the interval of COCO's AP, which takes ten times as long as others."""
+"""Most resamples for the interval of COCO's AP, which takes ten times as long as others."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,7 +87,8 @@ class Evaluation:
     Attributes:
         name: what was evaluated, e.g. the run's name.
         by_protocol: the judged protocol first.
-        coco_ap: mean over the IoU thresholds 0.5 to 0.95; its interval is of the first ``COCO_REPLICATES`` resamples.
+        coco_ap: mean over the IoU thresholds 0.5 to 0.95; its interval is of the first ``coco_replicates`` resamples.
+        size_is: what size of a lesion the strata mean, in words.
         operating: what the thresholds chosen on the validation split do here; empty where there are none.
         provenance: where the numbers come from: digests of checkpoint and data, config, versions, date.
         comparisons: other models, or the same one fed otherwise, on the same slices.
@@ -101,6 +102,7 @@ class Evaluation:
     coco_ap: float
     coco_ap_interval: Interval
     strata: Sequence[Stratum]
+    size_is: str
     calibration: Calibration | None
     operating: Sequence[OperatingScore]
     results: Sequence[KeySliceResult]
@@ -119,6 +121,10 @@ class Evaluation:
     @property
     def protocol(self) -> FrocProtocol:
         return self.froc.protocol
+
+    @property
+    def coco_replicates(self) -> int:
+        return min(COCO_REPLICATES, self.num_replicates)
 
     @property
     def num_patients(self) -> int:
@@ -175,6 +181,7 @@ def evaluate_detector(
             )
         ),
         strata=strata_of(results, main, num_replicates, seed),
+        size_is=_size_in_words(results),
         calibration=calibration(main.scores, ~main.is_false_positive) if len(main.scores) else None,
         operating=operating_scores(main, OperatingPoints.from_plain(points)) if points else (),
         results=results,
@@ -188,12 +195,12 @@ def evaluate_detector(
         lesions_3d=judge_lesions_3d(predictions, num_replicates, seed) if predictions.slices == "all" else None,
         num_replicates=num_replicates,
         slices=predictions.slices,
-        chosen_on=_chosen_on(OperatingPoints.from_plain(points), predictions.provenance) if points else "",
+        chosen_on=_chosen_on(OperatingPoints.from_plain(points), predictions) if points else "",
     )
 
 
-def _chosen_on(points: OperatingPoints, provenance: Mapping[str, str]) -> str:
-    judged = provenance.get("data manifest"), provenance.get("data set", "").rpartition("split ")[2]
+def _chosen_on(points: OperatingPoints, predictions: Predictions) -> str:
+    judged = predictions.provenance.get("data manifest"), predictions.split
     these = ", the very slices that are judged here" if judged == (points.data, points.split) else ""
     return f"{points.num_images} slices of split {points.split!r}{these}"
 
@@ -228,10 +235,42 @@ def operating_scores(matching: Matching, points: OperatingPoints) -> list[Operat
     return scores
 
 
+def streaming_loss(
+    unstreamed: Sequence[KeySliceResult],
+    streamed: Sequence[KeySliceResult],
+    *,
+    mode: str,
+    split: str,
+    data: str,
+    num_replicates: int = NUM_REPLICATES,
+    seed: int = 0,
+) -> StreamingLoss:
+    """What streaming costs on the key slices of a split; attributes as of :class:`~mp3d.checkpoint.StreamingLoss`.
+
+    Raises:
+        DataError: the two are of different slices, or none has a true box.
+    """
+    check_same_truth("unstreamed", unstreamed, "streamed", streamed)
+    patients = [result.patient for result in unstreamed]
+    without, with_streaming = matching_of(unstreamed), matching_of(streamed)
+    test = paired_test(with_streaming, without, patients, MP3D_PORT, num_replicates, seed)
+    return StreamingLoss(
+        mean_sensitivity=read_curve(without, MP3D_PORT).mean_sensitivity,
+        mean_sensitivity_streamed=read_curve(with_streaming, MP3D_PORT).mean_sensitivity,
+        interval=(test.interval.low, test.interval.high),
+        num_key_slices=len(unstreamed),
+        num_patients=len(set(patients)),
+        mode=mode,
+        protocol=MP3D_PORT.name,
+        split=split,
+        data=data,
+    )
+
+
 def strata_of(results: Sequence[KeySliceResult], matching: Matching, num_replicates: int, seed: int) -> list[Stratum]:
-    """Sensitivity by kind of lesion (where it is known), by size and by slice spacing."""
+    """Sensitivity by kind of lesion (where it is known), by size (:func:`_sizes_mm`) and by slice spacing."""
     kinds = np.array([kind for result in results for kind in result.true_types])
-    sizes = np.concatenate([_longer_side_mm(result) for result in results])
+    sizes = np.concatenate([_sizes_mm(result) for result in results])
     spacings = np.concatenate([np.full(len(result.true_boxes), result.spacing_mm[0]) for result in results])
     small, large = SIZES_MM
     parts: list[tuple[str, str, Bool[np.ndarray, " t"]]] = [
@@ -259,6 +298,17 @@ def _scale(result: KeySliceResult) -> np.ndarray:
     return np.array([column_mm, row_mm, column_mm, row_mm])
 
 
-def _longer_side_mm(result: KeySliceResult) -> np.ndarray:
+def _sizes_mm(result: KeySliceResult) -> np.ndarray:
+    """Of each lesion its long diameter; where the data set gives none, the longer side of its box."""
     boxes = result.true_boxes * _scale(result)
-    return (boxes[:, 2:] - boxes[:, :2]).max(axis=1, initial=0)
+    sides = (boxes[:, 2:] - boxes[:, :2]).max(axis=1, initial=0)
+    return np.where(np.isnan(result.true_diameters_mm), sides, result.true_diameters_mm)
+
+
+def _size_in_words(results: Sequence[KeySliceResult]) -> str:
+    """What :func:`_sizes_mm` gives. The two differ: DeepLesion's boxes have a margin of 5 pixels on each side."""
+    known = ~np.isnan(np.concatenate([result.true_diameters_mm for result in results]))
+    if not known.any():
+        return "the longer side of the box"
+    measured = "the long diameter that the data set gives"
+    return measured if known.all() else f"{measured} for {known.sum()} of {len(known)}, else the longer side of the box"

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from mp3d.checkpoint import Checkpoint, open_checkpoint
 from mp3d.config import EvaluateConfig
 from mp3d.data.batches import Batch, ClipDataset, SliceInfo, evaluation_batches, read_clip, slice_truth
-from mp3d.data.clips import series_grid, stored_slices
-from mp3d.data.samples import Sample, annotated_samples
+from mp3d.data.clips import series_grid
+from mp3d.data.samples import Sample, annotated_samples, spread
 from mp3d.data.series import Volume
 from mp3d.data.shard import ShardSet, decode_image, open_shards
 from mp3d.device import autocast, pick_device, ready_for_inference
@@ -29,10 +29,11 @@ from mp3d.errors import ConfigError, DataError
 from mp3d.evaluation.results import KeySliceResult
 from mp3d.models import build_model
 from mp3d.models.stream import check_streamable
-from mp3d.predict import Finding, Predictor
+from mp3d.predict import Finding, Predictor, SeriesMode, trained_mode
 from mp3d.sample import Clip, Prediction, Target
 
-Variant = Literal["trained", "streamed", "without training", "one slice nine times"]
+Variant = Literal["trained", "unstreamed", "streamed", "without training", "one slice nine times"]
+"""unstreamed, streamed: key slices where they lie in whole series, read in the clips of the training or streamed."""
 ABLATIONS: tuple[Variant, ...] = ("without training", "one slice nine times")
 """What a detector is compared with: the same network before training, and itself without context along z."""
 DECIDING_FIELDS = {
@@ -98,7 +99,7 @@ def detection_samples(config: EvaluateConfig, shards: ShardSet, split: str | Non
                 "nothing is known; judge the key slices"
             )
         samples = [Sample(entry, 0) for entry in searched]
-    return samples[:: math.ceil(len(samples) / (config.max_clips or len(samples)))]
+    return spread(samples, config.max_clips)
 
 
 class KeySlicePredictor:
@@ -130,7 +131,9 @@ class KeySlicePredictor:
 
     def __call__(self, samples: list[Sample]) -> list[KeySliceResult]:
         if self.variant == "streamed":
-            return self._streamed(samples)
+            return self._of_whole_series(samples, "stream")
+        if self.variant == "unstreamed" and (mode := trained_mode(self.clip)) != "window":  # which has one middle
+            return self._of_whole_series(samples, mode)
         batches = evaluation_batches(ClipDataset(self.shards, samples, self.clip), batch_size=self.batch_size)
         if self.variant == "one slice nine times":
             batches = (replace(batch, clips=[without_context(clip) for clip in batch.clips]) for batch in batches)
@@ -139,12 +142,12 @@ class KeySlicePredictor:
             for prediction, target, info in predict_clips(self.model, batches, self.device, self.dtype)
         ]
 
-    def _streamed(self, samples: list[Sample]) -> list[KeySliceResult]:
-        predictor = Predictor(self.model.eval(), self.clip, 1.0, self.device, self.dtype, mode="stream")
+    def _of_whole_series(self, samples: list[Sample], mode: SeriesMode) -> list[KeySliceResult]:
+        predictor = Predictor(self.model.eval(), self.clip, 1.0, self.device, self.dtype, mode=mode)
         results = []
         for entry, of_series in groupby(samples, key=attrgetter("entry")):
             if entry.spacing_mm is None:
-                raise DataError(f"{entry.series} is a picture; only the slices of a series can be streamed")
+                raise DataError(f"{entry.series} is a picture; only the slices of a series can be judged in it")
             of_series = list(of_series)
             hu = np.stack([decode_image(row) for row in self.shards.iter_rows(entry)])
             answers = answers_for(predictor, hu, entry.spacing_mm[0], [sample.row for sample in of_series])
@@ -157,19 +160,14 @@ class KeySlicePredictor:
 def answers_for(
     predictor: Predictor, hu: Int16[np.ndarray, "n h w"], slice_spacing_mm: float, slices: Sequence[int]
 ) -> dict[int, Prediction]:
-    """What a predictor of whole series says of some slices, each of which is on the grid when it is asked about: the
-    series is gone through once for all that lie on one grid.
+    """What a predictor of whole series says of some slices: the answer of the grid position nearest to each, where it
+    lies on the grid on which a series without labels is read. The series is gone through once.
     """
-    answers = {}
-    for wanted in slices:
-        if wanted in answers:
-            continue
-        grid = series_grid(len(hu), slice_spacing_mm, predictor.clip, through=wanted)
-        on_grid = stored_slices(grid.positions)
-        for index, prediction in enumerate(chain.from_iterable(predictor.answers(hu, grid))):
-            if on_grid.get(index) in slices:
-                answers[on_grid[index]] = prediction
-    return answers
+    grid = series_grid(len(hu), slice_spacing_mm, predictor.clip)
+    wanted = {grid.index_of(number) for number in slices}
+    answers = enumerate(chain.from_iterable(predictor.answers(hu, grid)))
+    kept = {index: prediction for index, prediction in answers if index in wanted}
+    return {number: kept[grid.index_of(number)] for number in slices}
 
 
 class SeriesPredictor:

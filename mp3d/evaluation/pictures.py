@@ -1,12 +1,14 @@
 """The pixels behind predictions, read from the shards when a report asks for one."""
 
+from collections.abc import Sequence
 from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
 
 from mp3d.data.shard import Row, SeriesEntry, ShardSet, decode_image, decode_truth, read_columns
-from mp3d.evaluation.results import ClassifiedCase, KeySliceResult, SegmentedCase, unpack_mask
+from mp3d.errors import DataError
+from mp3d.evaluation.results import ClassifiedCase, KeySliceResult, Record, SegmentedCase, unpack_mask
 
 
 class MaskedSlice(NamedTuple):
@@ -21,7 +23,16 @@ class Pictures:
     """Slices of one split; None where the shards do not hold what a prediction is of."""
 
     def __init__(self, shards: ShardSet, split: str) -> None:
-        self.shards, self.entries = shards, shards.split(split)
+        self.shards, self.split, self.entries = shards, split, shards.split(split)
+
+    def check_holds(self, records: Sequence[Record]) -> None:
+        """Raises: DataError, none of the records is of this split: the predictions are of other data."""
+        there = {entry.series for entry in self.entries}
+        if not any(record.series in there or record.series in self._picture_places for record in records):
+            raise DataError(
+                f"split {self.split!r} of {self.shards.folder} holds nothing that the predictions are of; give the "
+                "shards that were judged, or none for a report without pictures"
+            )
 
     def key_slice(self, result: KeySliceResult) -> np.ndarray | None:
         """``(h, w)`` HU."""

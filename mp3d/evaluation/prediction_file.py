@@ -13,6 +13,7 @@ has been applied. No pixels; patients and series by the keyed hashes of the shar
 """
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,6 +42,7 @@ SCHEMAS: dict[Head, pa.Schema] = {
             "true_labels": _NUMBERS,
             "true_types": pa.list_(pa.string()),
             "true_instances": _NUMBERS,
+            "true_diameters_mm": pa.list_(pa.float32()),
             "boxes": _BOXES,
             "scores": pa.list_(pa.float32()),
             "labels": _NUMBERS,
@@ -74,6 +76,11 @@ class Predictions:
     slices: Literal["key", "all"] = "key"
     grid_spacing_mm: float | None = None
     operating_point: Mapping[str, Any] | None = None
+
+    @property
+    def split(self) -> str | None:
+        """The split that was judged, as the provenance has it."""
+        return self.provenance.get("data set", "").rpartition("split ")[2] or None
 
 
 def write_predictions(path: Path, predictions: Predictions) -> Path:
@@ -112,6 +119,10 @@ def read_predictions(path: Path) -> Predictions:
                 f"{path} is no file of the format {FORMAT.decode()!r}; write it again with jobs/evaluate.py"
             )
         head: Head = metadata[b"head"].decode()
+        if head == "detection" and "true_diameters_mm" not in table.column_names:  # as in older files
+            unknown = pa.array([[math.nan] * len(boxes) for boxes in table["true_boxes"]], pa.list_(pa.float32()))
+            place = SCHEMAS[head].get_field_index("true_diameters_mm")
+            table = table.add_column(place, "true_diameters_mm", unknown)
         if not table.schema.remove_metadata().equals(SCHEMAS[head]):
             raise DataError(f"{path} has other columns than {SCHEMAS[head].names}; write it again")
         return Predictions(

@@ -1,5 +1,6 @@
 """What is true and what was answered, record by record: slices of a detector, cases of the other heads. No pixels."""
 
+import math
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ class KeySliceResult:
         true_boxes: xyxy in pixels of the slice, half-open; so are ``boxes``.
         true_types: kind of each lesion in the data set's words; "" where it is not known.
         true_instances: which lesion of the series each true box is a slice of, from 1; 0 where that is not known.
+        true_diameters_mm: the long diameter that the data set gives for each lesion; NaN where that is not known.
     """
 
     patient: str
@@ -34,6 +36,7 @@ class KeySliceResult:
     true_labels: Int64[np.ndarray, " t"]
     true_types: tuple[str, ...]
     true_instances: Int64[np.ndarray, " t"]
+    true_diameters_mm: Float32[np.ndarray, " t"]
     boxes: Float32[np.ndarray, "b 4"]
     scores: Float32[np.ndarray, " b"]
     labels: Int64[np.ndarray, " b"]
@@ -57,6 +60,7 @@ class KeySliceResult:
             true_labels=target["labels"].long().numpy(),
             true_types=tuple(kind or "" for kind in info.lesion_types or ("",) * number),
             true_instances=np.array(info.instances or (0,) * number, np.int64),
+            true_diameters_mm=np.array(info.diameters_mm or (math.nan,) * number, np.float32),
             boxes=prediction["boxes"].float().numpy(),
             scores=prediction["scores"].float().numpy(),
             labels=prediction["labels"].long().numpy(),
@@ -78,6 +82,7 @@ class KeySliceResult:
             true_labels=np.array(row["true_labels"], dtype=np.int64),
             true_types=tuple(row["true_types"]),
             true_instances=np.array(row["true_instances"], dtype=np.int64),
+            true_diameters_mm=np.array(row["true_diameters_mm"], dtype=np.float32),
             boxes=np.array([*row["boxes"]], dtype=np.float32).reshape(-1, 4),
             scores=np.array(row["scores"], dtype=np.float32),
             labels=np.array(row["labels"], dtype=np.int64),

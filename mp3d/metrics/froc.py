@@ -4,9 +4,10 @@ The detections of all images are pooled and taken in descending order of score. 
 that overlaps no true box of its image by the threshold is a false positive; otherwise it finds every true box that it
 overlaps so, which may be several at once; one that overlaps only boxes found before is neither.
 
-Differs from the authors' code: equal scores keep their order (theirs is undefined, an unstable sort); beyond the end of
-the curve the last sensitivity is repeated as in MULAN (3DCE extrapolates, the MP3D port leaves those points out);
-before its start it is 0.
+Differs from the authors' code: of equal scores, whose order theirs leaves undefined (an unstable sort), the false
+positives come first, and what is found is found when all of them are in, so that no order of images and boxes changes
+the curve and no point of it needs a threshold that there is not; beyond the end of the curve the last sensitivity is
+repeated as in MULAN (3DCE extrapolates, the MP3D port leaves those points out); before its start it is 0.
 """
 
 from collections.abc import Sequence
@@ -24,12 +25,12 @@ Detections = tuple[Float[np.ndarray, "_ corners"], Float[np.ndarray, " _"]]
 
 @dataclass(frozen=True, eq=False)
 class Matching:
-    """Detections of all images in descending order of score, and what each of them is.
+    """Detections of all images in descending order of score, of equal scores the false positives first.
 
     Attributes:
         scores: one for each detection; so are ``image`` and ``is_false_positive``.
-        found_at: for each true box, in order of the images, the place of the detection that finds it; the number of
-            detections where none does.
+        found_at: for each true box, in order of the images, the place of the last detection with the score of the one
+            that finds it; the number of detections where none does.
         lesion_image: the image of each true box.
     """
 
@@ -72,7 +73,7 @@ class FrocResult:
     @property
     def curve(self) -> tuple[Float[np.ndarray, " points"], Float[np.ndarray, " points"]]:
         """False positives per image and sensitivity where the protocol has points to read between."""
-        if self.protocol.equal_scores == "one by one":
+        if self.protocol.equal_scores == "false positives first":
             return self.fps_per_image, self.sensitivity
         ends = block_ends(self.thresholds)
         return np.r_[0.0, self.fps_per_image[ends]], np.r_[0.0, self.sensitivity[ends]]
@@ -110,8 +111,6 @@ def match(detections: Sequence[Detections], truths: Sequence[np.ndarray], protoc
         )
     if not np.isfinite(scores).all():
         raise DataError("a detection's score is not a finite number; the model has probably diverged")
-    order = np.argsort(-scores, kind="stable")
-    image, boxes, scores = image[order], boxes[order], scores[order]
 
     # Every pair of a detection and a true box of the same image, as two index arrays.
     pairs_per_detection = truth_counts[image]
@@ -124,14 +123,22 @@ def match(detections: Sequence[Detections], truths: Sequence[np.ndarray], protoc
     overlap = protocol.overlap(boxes[detection], true_boxes[truth])
     near = overlap >= protocol.threshold
     detection, truth, overlap = detection[near], truth[near], overlap[near]
+    order = _ranked(scores, boxes, detection, overlap)
+    place = np.empty(len(scores), np.int64)
+    place[order] = np.arange(len(scores))
+    image, scores, detection = image[order], scores[order], place[detection]
     found_at = np.full(len(true_boxes), len(scores))
     if protocol.further_hits == "ignored":
         is_hit = np.bincount(detection, minlength=len(scores)) > 0
         np.minimum.at(found_at, truth, detection)
     else:
         is_hit = _match_one_to_one(detection, truth, overlap, found_at, len(scores))
+    ends = block_ends(scores)
+    block = np.searchsorted(ends, np.arange(len(scores) + 1))
+    order = np.lexsort((is_hit, block[:-1]))
+    found_at = np.r_[ends, len(scores)][block[found_at]]
     lesion_image = np.repeat(np.arange(len(truths)), truth_counts)
-    return Matching(scores, image, ~is_hit, found_at, lesion_image, len(truths))
+    return Matching(scores, image[order], ~is_hit[order], found_at, lesion_image, len(truths))
 
 
 def read_curve(matching: Matching, protocol: FrocProtocol) -> FrocResult:
@@ -183,6 +190,18 @@ def _pool(detections: Sequence[Detections]) -> tuple[np.ndarray, np.ndarray, np.
     image = np.repeat(np.arange(len(detections)), counts)
     boxes = np.concatenate([boxes for boxes, _ in detections]).astype(np.float64)
     return image, boxes, np.concatenate([scores for _, scores in detections]).astype(np.float64)
+
+
+def _ranked(scores: np.ndarray, boxes: np.ndarray, detection: np.ndarray, overlap: np.ndarray) -> Int[np.ndarray, " d"]:
+    """The detections by descending score; of equal scores the one first that overlaps a true box most, then by their
+    corners. What is equal in all of this may change places.
+
+    Args:
+        detection: of each pair with a true box that is near enough, with its ``overlap``.
+    """
+    most = np.zeros(len(scores))
+    np.maximum.at(most, detection, overlap)
+    return np.lexsort((*boxes.T, -most, -scores))
 
 
 def _match_one_to_one(

@@ -33,7 +33,8 @@ class FrocProtocol:
         further_hits: what a hit on a lesion already found is: ``ignored``, and one detection may find several lesions;
             or ``false positives``, and detections and lesions are matched one to one, each detection to the free lesion
             that it overlaps most.
-        equal_scores: whether they enter the curve one by one, in the order given, or together.
+        equal_scores: how they enter the curve: the false positives among them first, then what they find; or together,
+            as one straight piece.
         in_mm: boxes are given in mm, in pixels else.
         fps_per_image: where the sensitivity is read, ascending.
         mean_over: those of them that enter the mean.
@@ -46,7 +47,7 @@ class FrocProtocol:
     overlap_name: str
     threshold: float
     further_hits: Literal["ignored", "false positives"] = "ignored"
-    equal_scores: Literal["one by one", "together"] = "one by one"
+    equal_scores: Literal["false positives first", "together"] = "false positives first"
     in_mm: bool = False
     fps_per_image: tuple[float, ...] = KEY_SLICE_RATES
     mean_over: tuple[float, ...] = FIRST_FOUR

@@ -1,6 +1,7 @@
 """The pictures of a classifier's and a segmenter's report, as PNG bytes."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from textwrap import fill, shorten
 
 import numpy as np
 from matplotlib.colors import to_rgb
@@ -12,16 +13,31 @@ from mp3d.evaluation import MaskedSlice, SegmentedCase
 from mp3d.metrics.bootstrap import patient_weights
 from mp3d.metrics.classification import roc_curve
 from mp3d.metrics.dice import dice
-from mp3d.report.figures import CURVE_COLOURS, INK, TRUE_COLOUR, png_bytes, style_axes
+from mp3d.report.figures import CURVE_COLOURS, CURVE_STYLES, INK, TRUE_COLOUR, png_bytes, style_axes
 from mp3d.report.windows import SOFT_TISSUE, Window, display_window
 
 MASK_COLOURS = ("#FFA023", "#56B4E9", "#CC79A7", "#F0E442", "#D55E00", "#0072B2")
 """Of a segmenter's classes."""
 BAND_REPLICATES = 300
+FEW_CLASSES = 5
+"""Up to which a table of classes is a small figure."""
+LONGEST_NAME = 24
+"""Of a class, in letters."""
 
 
-def draw_roc(scores: np.ndarray, labels: np.ndarray, patients: Sequence[str], threshold: float, auc: float) -> bytes:
-    """ROC curve with a 95 % band by resampling patients, and the point of the threshold."""
+def draw_roc(
+    scores: np.ndarray,
+    labels: np.ndarray,
+    patients: Sequence[str],
+    threshold: float,
+    auc: float,
+    others: Mapping[str, np.ndarray] | None = None,
+) -> bytes:
+    """ROC curve with a 95 % band by resampling patients, and the point of the threshold.
+
+    Args:
+        others: scores of other models for the same cases, by what the legend says of them.
+    """
     figure = Figure(figsize=(5.4, 5), dpi=160, layout="constrained")
     axes = figure.add_subplot()
     grid, sampled = np.linspace(0, 1, 101), []
@@ -38,6 +54,11 @@ def draw_roc(scores: np.ndarray, labels: np.ndarray, patients: Sequence[str], th
     axes.plot(alarms, found, color=CURVE_COLOURS[0], linewidth=1.8, label=f"AUC {auc:.3f}")
     at = int((thresholds >= threshold).sum()) - 1
     axes.plot(alarms[at], found[at], "o", color=CURVE_COLOURS[1], markersize=8, label=f"threshold {threshold:.2f}")
+    for index, (name, other) in enumerate((others or {}).items(), 2):  # the second colour is the threshold's
+        line, _ = CURVE_STYLES[(index - 1) % len(CURVE_STYLES)]
+        look = {"color": CURVE_COLOURS[index % len(CURVE_COLOURS)], "linestyle": line, "linewidth": 1.4}
+        other_alarms, other_found, _ = roc_curve(other, labels)
+        axes.plot(other_alarms, other_found, label=fill(name, 32, max_lines=3), **look)
     axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), aspect="equal")
     axes.set_xlabel("1 − specificity", color=INK)
     axes.set_ylabel("Sensitivity", color=INK)
@@ -67,7 +88,7 @@ def draw_scores(scores: np.ndarray, labels: np.ndarray, threshold: float, names:
     axes.set(xlim=(0, 1))
     axes.set_xlabel(f"Probability of {names[1]}", color=INK)
     axes.set_ylabel("Cases", color=INK)
-    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.legend(frameon=False)
     style_axes(axes)
     return png_bytes(figure)
@@ -78,17 +99,20 @@ def draw_confusion(said: np.ndarray, labels: np.ndarray, names: Sequence[str]) -
     number = len(names)
     table = np.zeros((number, number), int)
     np.add.at(table, (labels, said), 1)
-    side = 2.2 + 0.42 * number
-    figure = Figure(figsize=(side + 0.8, side), dpi=160, layout="constrained")
+    names = [shorten(name, LONGEST_NAME, placeholder="…") for name in names]
+    room = 1.0 + 0.08 * max(map(len, names))
+    size = 9 if number <= FEW_CLASSES else 10.5
+    figure = Figure(figsize=(0.45 * number + room, 0.45 * number + 0.8 * room), dpi=160, layout="constrained")
     axes = figure.add_subplot()
     shares = table / np.maximum(table.sum(1, keepdims=True), 1)
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     for (row, column), count in np.ndenumerate(table):
         if count:
             colour = "white" if shares[row, column] > 0.6 else INK
-            axes.text(column, row, str(count), ha="center", va="center", color=colour, fontsize=9)
-    axes.set_xticks(range(number), names, rotation=45 if number > 3 else 0, ha="right" if number > 3 else "center")
-    axes.set_yticks(range(number), names)
+            axes.text(column, row, str(count), ha="center", va="center", color=colour, fontsize=size)
+    turned = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"} if number > 3 else {}
+    axes.set_xticks(range(number), names, fontsize=size, **turned)
+    axes.set_yticks(range(number), names, fontsize=size)
     axes.set_xlabel("Said", color=INK)
     axes.set_ylabel("True", color=INK)
     axes.tick_params(colors=INK, length=0)
@@ -110,13 +134,16 @@ def draw_dice(cases: Sequence[SegmentedCase], names: Sequence[str]) -> bytes:
         ranked.plot(np.arange(1, len(order) + 1), order, "o-", color=colour, linewidth=1.2, markersize=5, label=name)
         shown = defined & (sizes > 0)
         sized.plot(sizes[shown], values[shown], "o", color=colour, markersize=5)
-    ranked.set(ylim=(-0.02, 1.02))
+    ranked.set(ylim=(-0.02, 1.02), xlim=(0.5, len(cases) + 0.5))
     ranked.set_xlabel("Cases, best first", color=INK)
     ranked.set_ylabel("Dice", color=INK)
-    ranked.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ranked.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     if counts.shape[1] > 1:
         ranked.legend(frameon=False, loc="lower left")
-    sized.set(ylim=(-0.02, 1.02), xscale="log")
+    voxels = counts[..., 2][counts[..., 2] > 0]
+    low, high = np.log10([voxels.min(), voxels.max()]) if len(voxels) else (0, 1)
+    decades = (np.floor(low), max(np.ceil(high), np.floor(low) + 1))  # at least one, or nothing would be written on it
+    sized.set(ylim=(-0.02, 1.02), xscale="log", xlim=(0.9 * 10 ** decades[0], 1.1 * 10 ** decades[1]))
     sized.set_xlabel("True voxels", color=INK)
     for axes in (ranked, sized):
         style_axes(axes)

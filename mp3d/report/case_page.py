@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 from scipy.special import softmax
 
-from mp3d.evaluation import CaseEvaluation, ClassifiedCase, MaskedSlice, SegmentedCase
+from mp3d.evaluation import Case, CaseEvaluation, ClassifiedCase, MaskedSlice, SegmentedCase
 from mp3d.metrics.dice import dice
 from mp3d.report.case_figures import (
+    FEW_CLASSES,
     MASK_COLOURS,
     draw_case,
     draw_confusion,
@@ -69,11 +70,12 @@ def write_case_report(
         evaluation=evaluation,
         names={name: _name(name, _class_names(evaluation)) for name in evaluation.scores},
         headline=headline,
+        of_cases={name: of_cases(evaluation, name) for name in evaluation.num_defined},
         figures={name: data_url(png) for name, png in figures.items()},
         sections=sections,
         classified=bool(classified),
         pictures=all(case.patient == case.series for case in evaluation.cases),  # each a patient of its own
-        two_classes="auc" in evaluation.scores,
+        narrow=["roc"] + ["confusion"] * bool(classified and len(classified[0].logits) <= FEW_CLASSES),
         legend=list(zip(_class_names(evaluation), MASK_COLOURS, strict=False)) if segmented else [],
         true_colour=TRUE_COLOUR,
         facts=facts,
@@ -82,17 +84,24 @@ def write_case_report(
     return write_files(path, page, figures, case_numbers(evaluation), evaluation.scores)
 
 
+def of_cases(evaluation: CaseEvaluation, score: str) -> str:
+    """Over how many of the cases a score is the mean, in words."""
+    number = len(evaluation.cases)
+    return f"{evaluation.num_defined[score]} of {number} case{'s' if number != 1 else ''}"
+
+
 def _classifier_figures(evaluation: CaseEvaluation, cases: Sequence[ClassifiedCase]) -> dict[str, bytes]:
     logits, labels = np.array([case.logits for case in cases]), np.array([case.label for case in cases])
-    probabilities = softmax(logits, axis=1)
     figures = {}
     if logits.shape[1] == 2:
-        threshold = evaluation.scores["threshold"]
-        figures["roc"] = draw_roc(
-            probabilities[:, 1], labels, [case.patient for case in cases], threshold, evaluation.scores["auc"]
-        )
-        figures["scores"] = draw_scores(probabilities[:, 1], labels, threshold, _class_names(evaluation, 2))
-        said = (probabilities[:, 1] >= threshold).astype(int)
+        threshold, probability = evaluation.scores["threshold"], _of_class_1(cases)
+        others = {
+            f"{name}, AUC {other.value:.3f}": _of_class_1(other.cases) for name, other in evaluation.comparisons.items()
+        }
+        patients = [case.patient for case in cases]
+        figures["roc"] = draw_roc(probability, labels, patients, threshold, evaluation.scores["auc"], others)
+        figures["scores"] = draw_scores(probability, labels, threshold, _class_names(evaluation, 2))
+        said = (probability >= threshold).astype(int)
     else:
         said = logits.argmax(1)
     if logits.shape[1] <= 25:
@@ -100,6 +109,11 @@ def _classifier_figures(evaluation: CaseEvaluation, cases: Sequence[ClassifiedCa
     if evaluation.calibration is not None:
         figures["calibration"] = draw_reliability(evaluation.calibration, "Share that is right")
     return figures
+
+
+def _of_class_1(cases: Sequence[Case]) -> np.ndarray:
+    """The probability of the second of two classes."""
+    return softmax([case.logits for case in cases if isinstance(case, ClassifiedCase)], axis=1)[:, 1]
 
 
 def _classified_sections(
@@ -147,7 +161,7 @@ def _segmented_sections(
             masked = masked_slice_of(case)
             if masked is not None:
                 distances = [each for each in case.hausdorff_95_mm if each == each]
-                told = f"HD95 {max(distances):.1f} mm · " if distances else ""
+                told = f"HD95 {max(distances):.1f} mm · " if distances else "HD95 not defined · "
                 cards.append(_card(draw_masks(masked), f"Dice {value:.2f}", f"{told}slice {case.shown_slice}", case))
         sections.append({"title": title, "order": order, "total": len(ordered), "cards": cards})
     return sections

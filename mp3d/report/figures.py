@@ -13,6 +13,7 @@ from matplotlib.patches import Rectangle
 from mp3d.data.series import Volume
 from mp3d.evaluation import KeySliceResult
 from mp3d.evaluation.detection import Stratum
+from mp3d.findings import Lesion
 from mp3d.metrics.bootstrap import Interval
 from mp3d.metrics.calibration import Calibration
 from mp3d.metrics.froc import FrocResult
@@ -23,6 +24,9 @@ CURVE_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00
 CURVE_STYLES = (("-", "o"), ("--", "s"), ("-.", "^"), (":", "D"))
 TRUE_COLOUR = "#3BE07A"
 FOUND_COLOUR = "#FFA023"
+OTHER_COLOUR = "#56B4E9"
+"""Of what is on the same slice, but not what a picture is of."""
+CAPTION_INCHES = 0.3
 INK = "#1f2933"
 LABEL = {
     "textcoords": "offset points",
@@ -41,29 +45,70 @@ def draw_key_slice(
     True boxes are green and solid, detections from ``threshold`` on orange and dashed.
     """
     reported = result.scores >= threshold
-    found = (result.boxes[reported], result.scores[reported])
-    return _draw_slice(image, result.spacing_mm, result.true_boxes, *found, focus, window)
+    figure, whole, close = _two_views(image, result.spacing_mm, focus, window)
+    for axes in (whole, close):
+        _draw_boxes(axes, result.true_boxes, TRUE_COLOUR, "-")
+        _draw_boxes(axes, result.boxes[reported], FOUND_COLOUR, (0, (4, 2)))
+    texts = [f"{score:.2f}" for score in result.scores[reported].tolist()]
+    _write_at(close, result.boxes[reported], texts, FOUND_COLOUR)
+    return png_bytes(figure)
 
 
-def draw_findings(volume: Volume, slice_index: int, focus: np.ndarray, boxes: np.ndarray, scores: np.ndarray) -> bytes:
-    """As :func:`draw_key_slice`, of a series without labels: the boxes on one of its slices."""
-    image = volume.hu[slice_index]
-    window = display_window(image, focus)
-    return _draw_slice(image, volume.spacing_mm, np.zeros((0, 4)), boxes, scores, focus, window)
+def draw_finding(volume: Volume, lesions: Sequence[Lesion], number: int) -> bytes:
+    """The best slice of a lesion in a series without labels, and beside it what is around the lesion; with a caption.
+
+    Its box is orange and bold; those of other lesions on that slice are thin and blue, with their numbers.
+
+    Args:
+        lesions: of the series; they are numbered from 1.
+    """
+    lesion = lesions[number - 1]
+    index, box = lesion.best.slice_index, np.array(lesion.best.box_px)
+    others = {
+        str(other): finding.box_px
+        for other, each in enumerate(lesions, 1)
+        for finding in each.findings
+        if finding.slice_index == index and other != number
+    }
+    other_boxes = np.array([*others.values()]).reshape(-1, 4)
+    image = volume.hu[index]
+    window = display_window(image, box)
+    figure, whole, close = _two_views(image, volume.spacing_mm, box, window, caption_inches=CAPTION_INCHES)
+    for axes in (whole, close):
+        _draw_boxes(axes, other_boxes, OTHER_COLOUR, "-", width=0.8)
+        _draw_boxes(axes, box[None], FOUND_COLOUR, "-", width=2.4)
+    _write_at(close, other_boxes, [*others], OTHER_COLOUR)
+    _write_at(close, box[None], [str(number)], FOUND_COLOUR)
+    caption = finding_caption(volume, lesion, number, window)
+    figure.text(0.5, 0.5 * CAPTION_INCHES / figure.get_figheight(), caption, color="white", ha="center", va="center")
+    return png_bytes(figure)
 
 
-def _draw_slice(
+def finding_caption(volume: Volume, lesion: Lesion, number: int, window: Window) -> str:
+    """What a picture of :func:`draw_finding` is of."""
+    x_mm, y_mm, z_mm = lesion.size_mm
+    parts = (
+        f"lesion {number}",
+        f"slice {lesion.best.slice_index} of 0–{len(volume.hu) - 1}",
+        f"score {lesion.score:.2f}",
+        f"{x_mm:.0f} × {y_mm:.0f} × {z_mm:.0f} mm (x, y, z)",
+        window.in_words,
+    )
+    return " · ".join(parts)
+
+
+def _two_views(
     image: np.ndarray,
     spacing_mm: tuple[float, float, float],
-    true_boxes: np.ndarray,
-    boxes: np.ndarray,
-    scores: np.ndarray,
     focus: np.ndarray,
     window: Window,
-) -> bytes:
-    figure = Figure(figsize=(8, 4), dpi=100, facecolor="black")
+    caption_inches: float = 0.0,
+) -> tuple[Figure, Axes, Axes]:
+    """The whole slice, with a square marked in it, and that square with a scale bar; room for a caption below."""
+    figure = Figure(figsize=(8, 4 + caption_inches), dpi=100, facecolor="black")
     _, row_mm, column_mm = spacing_mm
-    whole, close = (figure.add_axes((left, 0, 0.5, 1)) for left in (0, 0.5))
+    bottom = caption_inches / (4 + caption_inches)
+    whole, close = (figure.add_axes((left, bottom, 0.5, 1 - bottom)) for left in (0, 0.5))
     for axes in (whole, close):
         axes.imshow(
             image,
@@ -75,18 +120,11 @@ def _draw_slice(
             extent=(0, image.shape[1], image.shape[0], 0),  # half-open pixel edges, as the boxes have
         )
         axes.set_axis_off()
-        _draw_boxes(axes, true_boxes, TRUE_COLOUR, "-")
-        _draw_boxes(axes, boxes, FOUND_COLOUR, (0, (4, 2)))
-
     x1, y1, x2, y2 = _close_up(focus, image.shape)
     whole.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor="white", linewidth=0.7, alpha=0.8))
     close.set(xlim=(x1, x2), ylim=(y2, y1))
-    for box, score in zip(boxes, scores.tolist(), strict=True):
-        if box[0] < x2 and box[2] > x1 and box[1] < y2 and box[3] > y1:
-            corner = (max(box[0], x1), max(box[1], y1 + 0.07 * (y2 - y1)))
-            close.annotate(f"{score:.2f}", corner, (2, 4), color=FOUND_COLOUR, **LABEL)
     _draw_scale_bar(close, (x1, y1, x2, y2), column_mm)
-    return png_bytes(figure)
+    return figure, whole, close
 
 
 def draw_froc(
@@ -179,11 +217,12 @@ def _label_ends(axes: Axes, curves: Mapping[str, FrocResult]) -> None:
     lowest_free = 0.0
     for name in sorted(curves, key=lambda name: heights[name]):
         text = fill(name, 24, max_lines=3)
-        height = max(heights[name], lowest_free)
+        half = 0.03 * (1 + text.count("\n"))
+        height = max(heights[name], lowest_free + half)
         axes.annotate(
             text, (1.015, height), xycoords=("axes fraction", "data"), color=colours[name], fontsize=10, va="center"
         )
-        lowest_free = height + 0.06 * (1 + text.count("\n"))
+        lowest_free = height + half
 
 
 def _visible(curve: FrocResult, last_tick: float) -> tuple[np.ndarray, np.ndarray]:
@@ -198,10 +237,19 @@ def _visible(curve: FrocResult, last_tick: float) -> tuple[np.ndarray, np.ndarra
     return np.r_[LOWEST_FPS, fps[inside]], np.r_[start, sensitivity[inside]]
 
 
-def _draw_boxes(axes: Axes, boxes: np.ndarray, colour: str, line: str | tuple) -> None:
+def _draw_boxes(axes: Axes, boxes: np.ndarray, colour: str, line: str | tuple, width: float = 1.6) -> None:
     for x1, y1, x2, y2 in boxes:
-        patch = Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=colour, linewidth=1.6, linestyle=line)
+        patch = Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=colour, linewidth=width, linestyle=line)
         axes.add_patch(patch)
+
+
+def _write_at(axes: Axes, boxes: np.ndarray, texts: Sequence[str], colour: str) -> None:
+    """A text above each box that can be seen."""
+    (x1, x2), (y2, y1) = axes.get_xlim(), axes.get_ylim()
+    for box, text in zip(boxes, texts, strict=True):
+        if box[0] < x2 and box[2] > x1 and box[1] < y2 and box[3] > y1:
+            corner = (max(box[0], x1), max(box[1], y1 + 0.07 * (y2 - y1)))
+            axes.annotate(text, corner, (2, 4), color=colour, **LABEL)
 
 
 def _close_up(focus: np.ndarray, shape: tuple[int, ...]) -> tuple[float, float, float, float]:

@@ -1,8 +1,8 @@
 """Which key slices an evaluation report shows: lesions found, lesions missed, false positives."""
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -39,7 +39,10 @@ class Exhibit:
 
 @dataclass(frozen=True, eq=False)
 class Gallery:
-    """Up to a few exhibits of each kind, and how many there are in all."""
+    """Up to a few exhibits of each kind, and how many there are in all.
+
+    Of false positives that overlap one lesion only the most confident is an exhibit, but all of them are counted.
+    """
 
     found: list[Exhibit]
     missed: list[Exhibit]
@@ -57,7 +60,8 @@ def choose_exhibits(
     Args:
         threshold: detections below this score are not reported; NaN: none is.
     """
-    found, missed, false_positives = [], [], []
+    found, missed = [], []
+    false_positives: dict[tuple, list[Exhibit]] = defaultdict(list)
     for result in results:
         reported = result.scores >= threshold
         iou = protocol.overlap(result.boxes[:, None], result.true_boxes[None])
@@ -65,18 +69,31 @@ def choose_exhibits(
             exhibit = _lesion(result, lesion, iou[:, lesion], reported, protocol.threshold)
             (found if exhibit.verdict == "found" else missed).append(exhibit)
         best_iou = iou.max(axis=1, initial=0)
-        false_positives += [
-            Exhibit(result, result.boxes[i], float(result.scores[i]), float(best_iou[i]), "false positive")
-            for i in np.flatnonzero(reported & (best_iou < protocol.threshold))
-        ]
+        for i in np.flatnonzero(reported & (best_iou < protocol.threshold)):
+            exhibit = Exhibit(result, result.boxes[i], float(result.scores[i]), float(best_iou[i]), "false positive")
+            around = _lesion_key(result, int(iou[i].argmax())) if best_iou[i] > 0 else (id(exhibit),)
+            false_positives[around].append(exhibit)
+    shown = [_most_confident(exhibits) for exhibits in false_positives.values()]
     return Gallery(
         found=_spread(found, lambda each: each.score or 0.0)[:num_each],
         missed=_spread(missed, lambda each: each.size_mm[0] * each.size_mm[1])[:num_each],
-        false_positives=_spread(false_positives, lambda each: each.score or 0.0)[:num_each],
+        false_positives=_spread(shown, lambda each: each.score or 0.0)[:num_each],
         num_found=len(found),
         num_missed=len(missed),
-        num_false_positives=len(false_positives),
+        num_false_positives=sum(map(len, false_positives.values())),
     )
+
+
+def _lesion_key(result: KeySliceResult, lesion: int) -> tuple:
+    """The same for the boxes of one lesion on several slices, where that is known."""
+    instance = int(result.true_instances[lesion])
+    return (result.series, instance) if instance else (result.series, None, result.z_index, lesion)
+
+
+def _most_confident(exhibits: Sequence[Exhibit]) -> Exhibit:
+    best = max(exhibits, key=lambda each: each.score or 0.0)
+    number = len(exhibits)
+    return best if number == 1 else replace(best, verdict=f"false positive, best of {number} around one lesion")
 
 
 def _lesion(

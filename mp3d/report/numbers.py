@@ -34,6 +34,7 @@ def detection_numbers(evaluation: Evaluation) -> dict[str, Any]:
         "ap50_interval": _interval(evaluation.ap50_interval),
         "ap50_95": evaluation.coco_ap,
         "ap50_95_interval": _interval(evaluation.coco_ap_interval),
+        "ap50_95_replicates": evaluation.coco_replicates,
         "strata": [
             {
                 "by": each.by,
@@ -45,6 +46,7 @@ def detection_numbers(evaluation: Evaluation) -> dict[str, Any]:
             }
             for each in evaluation.strata
         ],
+        "size_is": evaluation.size_is,
         "calibration": _calibration(evaluation.calibration),
         "operating_points": [vars(each) for each in evaluation.operating],
         "comparisons": {
@@ -71,6 +73,7 @@ def case_numbers(evaluation: CaseEvaluation) -> dict[str, Any]:
         "head": evaluation.head,
         "metrics": {name: _defined(value) for name, value in evaluation.scores.items()},
         "metric_intervals": {name: _interval(spread) for name, spread in evaluation.intervals.items()},
+        "num_cases_defined": dict(evaluation.num_defined),
         "threshold_from": evaluation.threshold_from,
         "num_cases": len(evaluation.cases),
         "num_patients": evaluation.num_patients,

@@ -20,7 +20,7 @@ from mp3d.report.figures import (
 )
 from mp3d.report.files import ReportFiles, write_files
 from mp3d.report.gallery import Exhibit, choose_exhibits
-from mp3d.report.html import data_url, signed, split_config, template
+from mp3d.report.html import data_url, split_config, template
 from mp3d.report.numbers import detection_numbers, flat_numbers
 from mp3d.report.windows import display_window
 
@@ -79,7 +79,7 @@ def _sections(evaluation: Evaluation, threshold: float, pixels_of: PixelsOf | No
         ("Missed", "largest first", gallery.num_missed, gallery.missed, "No lesion was missed."),
         (
             "False positives",
-            "most confident first",
+            "most confident first, of those around one lesion the most confident",
             gallery.num_false_positives,
             gallery.false_positives,
             "There was no false positive.",
@@ -112,7 +112,7 @@ def _card(exhibit: Exhibit, threshold: float, pixels_of: PixelsOf | None) -> dic
         "score": exhibit.score,
         "iou": exhibit.iou,
         "size": f"{width_mm:.0f} × {height_mm:.0f} mm",
-        "window": f"{window.name} window {signed(window.low)} to {signed(window.high)} HU",
+        "window": window.in_words,
         "patient": result.patient,
         "series": result.series,
         "z_index": result.z_index,

@@ -4,6 +4,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from mp3d.report.html import signed
+
 
 class Window(NamedTuple):
     """A display window, its bounds in HU."""
@@ -11,6 +13,10 @@ class Window(NamedTuple):
     name: str
     low: int
     high: int
+
+    @property
+    def in_words(self) -> str:
+        return f"{self.name} window {signed(self.low)} to {signed(self.high)} HU"
 
 
 SOFT_TISSUE = Window("soft tissue", -160, 240)

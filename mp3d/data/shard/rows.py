@@ -33,6 +33,7 @@ SCHEMA = pa.schema(
         pa.field("labels", pa.list_(pa.int32())),
         pa.field("instances", pa.list_(pa.int32())),  # one a box: which object of the series it is a slice of
         pa.field("lesion_types", pa.list_(pa.string())),  # one a box, in the data set's words
+        pa.field("diameters_mm", pa.list_(pa.float32())),  # one a box, long diameter; absent in older files: null
         pa.field("mask", pa.binary()),  # rows x columns uint8
         pa.field("image_label", pa.int32()),
         pa.field("reader", pa.string(), nullable=False),
@@ -157,6 +158,7 @@ def decode_truth(row: Row) -> Truth:
         mask=None if mask is None else np.frombuffer(mask, np.uint8).reshape(row["rows"], row["columns"]),
         instances=None if row["instances"] is None else np.asarray(row["instances"], np.int64),
         types=None if row["lesion_types"] is None else tuple(row["lesion_types"]),
+        diameters_mm=None if (known := row.get("diameters_mm")) is None else np.asarray(known, np.float32),
     )
 
 
@@ -180,6 +182,7 @@ def _truth_columns(truth: Truth, rows: int, columns: int) -> Row:
     boxes = None if truth.boxes is None else np.asarray(truth.boxes, np.float32)
     labels = None if truth.labels is None else np.asarray(truth.labels)
     instances = None if truth.instances is None else np.asarray(truth.instances)
+    diameters = None if truth.diameters_mm is None else np.asarray(truth.diameters_mm, np.float32)
     if boxes is not None:
         _check_boxes(boxes, rows, columns)
     for name, numbers in (("label", labels), ("instance", instances)):
@@ -188,6 +191,9 @@ def _truth_columns(truth: Truth, rows: int, columns: int) -> Row:
             raise ValueError(f"{name}s {numbers.tolist()} for boxes {boxes}; {rule}")
     if truth.types is not None and (boxes is None or len(truth.types) != len(boxes)):
         raise ValueError(f"lesion types {truth.types} for boxes {boxes}; there must be one for each box")
+    if diameters is not None and (boxes is None or diameters.shape != boxes.shape[:1] or (diameters <= 0).any()):
+        rule = "there must be one above 0, or NaN, for each box"
+        raise ValueError(f"diameters {diameters.tolist()} mm for boxes {boxes}; {rule}")
     if truth.mask is not None and (truth.mask.shape != (rows, columns) or truth.mask.dtype != np.uint8):
         raise ValueError(f"the mask is {truth.mask.dtype} {truth.mask.shape}; it must be uint8 {(rows, columns)}")
     return {
@@ -195,6 +201,7 @@ def _truth_columns(truth: Truth, rows: int, columns: int) -> Row:
         "labels": None if labels is None else labels.tolist(),
         "instances": None if instances is None else instances.tolist(),
         "lesion_types": None if truth.types is None else list(truth.types),
+        "diameters_mm": None if diameters is None else diameters.tolist(),
         "mask": None if truth.mask is None else truth.mask.tobytes(),
     }
 
@@ -213,9 +220,15 @@ def _sealed(row: Row) -> Row:
 
 
 def _crc32(row: Row) -> int:
-    """CRC over the bytes columns and a canonical text of all others, in schema order."""
+    """CRC over the bytes columns and a canonical text of all others, in schema order.
+
+    Diameters stand behind the others, and only where there are some: so a row of a file that was written before there
+    was this column has the CRC that it was written with.
+    """
     crc = zlib.crc32(row["image"])
     if row["mask"] is not None:
         crc = zlib.crc32(row["mask"], crc)
-    rest = [row[name] for name in SCHEMA.names if name not in ("image", "mask", "crc32")]
+    rest = [row[name] for name in SCHEMA.names if name not in ("image", "mask", "crc32", "diameters_mm")]
+    if row.get("diameters_mm") is not None:
+        rest.append(row["diameters_mm"])
     return zlib.crc32(json.dumps(rest).encode(), crc)
