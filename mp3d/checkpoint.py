@@ -114,7 +114,9 @@ class Checkpoint:
         try:
             found = json.loads((self.path / STREAMING).read_text())
             loss = StreamingLoss(**{each.name: found[each.name] for each in fields(StreamingLoss)})
-            return found["checkpoint"] == self.digest and loss.mean_sensitivity_lost <= MAX_STREAMING_LOSS
+            found_any = loss.mean_sensitivity_streamed > 0  # where nothing is found, nothing was measured
+            bearable = round(loss.mean_sensitivity_lost, 9) <= MAX_STREAMING_LOSS
+            return found["checkpoint"] == self.digest and found_any and bearable
         except (OSError, ValueError, KeyError, TypeError):
             return False
 

@@ -123,7 +123,7 @@ class Predictor:
         head = detection_head(checkpoint)
         if mode == "auto":
             mode = best_mode(checkpoint)
-        elif mode == "stream":
+        if mode == "stream":
             check_streamable(checkpoint.config.model)
         place = pick_device(device)
         model = build_model(checkpoint.config.model, checkpoint.config.clip)
