@@ -83,7 +83,7 @@ def train_step(run: Run, batches: Sequence[Batch], step: int, rate: float) -> di
 
     Returns:
         This rank's part of the mean losses: their mean over the ranks is that of the global batch. None: the step was
-        left out.
+        left out, or its gradient overflowed float16 and the loss is scaled less from now on.
 
     Raises:
         TrainingDiverged: on every rank, where more steps were not finite than ``loop.allowed_skips``.
@@ -111,6 +111,8 @@ def train_step(run: Run, batches: Sequence[Batch], step: int, rate: float) -> di
     run.scaler.update()
     if fault:
         _leave_out(run, batches, step, sums, fault, before)
+        return None
+    if not math.isfinite(norm.item()):  # the scaler took no step
         return None
     if run.average is not None:
         run.average.update_parameters(run.bare_model)
@@ -146,9 +148,9 @@ def _fault(run: Run, losses: dict[str, Tensor], norm: Tensor) -> str:
         dist.all_reduce(any_loss, dist.ReduceOp.MAX)
     if any_loss.item():
         return "loss" if mine.item() else "loss of another worker"
-    if run.scaler.is_enabled():  # gradients that overflow float16 are its daily business
-        return ""
-    return "" if math.isfinite(norm.item()) else "gradient"
+    # gradients that overflow float16 are the scaler's daily business, until there is nothing left to scale
+    scaled = run.scaler.is_enabled() and run.scaler.get_scale() > 1
+    return "" if scaled or math.isfinite(norm.item()) else "gradient"
 
 
 def _leave_out(
