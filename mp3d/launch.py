@@ -13,6 +13,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mp3d.checkpoint import RUN
 from mp3d.config import TrainConfig
 from mp3d.data.shard import is_disk_full, write_aside
 from mp3d.errors import ConfigError, Mp3dError, ResourceError, TrainingStopped, as_json, from_json
@@ -104,7 +105,7 @@ def run_training(config: TrainConfig) -> Path:
     run_dir = Path(config.launch.storage_path) / config.name
     digest = check_inputs(config).digest
     config = fit_to_data(config)
-    check_name(run_dir, "run.json", config.name, run_identity(config, digest))
+    check_name(run_dir, RUN, config.name, run_identity(config, digest))
     if run_dir.exists():
         with held(run_dir):  # else it would be told only when workers have started
             pass
