@@ -20,9 +20,7 @@ def plain_conv(channels: int, out: int, bias: bool = True) -> nn.Conv2d:
 
 
 @settings(max_examples=40, deadline=None)
-@given(
-    st.integers(1, 3), st.integers(1, 5), st.integers(1, 5), st.integers(1, 40), st.integers(1, 40), st.booleans()
-)
+@given(st.integers(1, 3), st.integers(1, 5), st.integers(1, 5), st.integers(1, 40), st.integers(1, 40), st.booleans())
 def test_it_is_the_convolution_at_every_size(n: int, channels: int, out: int, height: int, width: int, bias: bool):
     conv = plain_conv(channels, out, bias).double()
     x = torch.randn(n, channels, height, width, dtype=torch.float64).to(memory_format=torch.channels_last)
