@@ -268,6 +268,8 @@ def _train_in_worker(payload: dict[str, Any]) -> None:
     try:
         with held(run_dir) if session.rank == 0 else nullcontext():
             train(config, session)
+    except TrainingStopped:
+        raise  # a lost process is worth another start
     except Mp3dError as error:
         write_aside(stopped, as_json(error))
         if session.world_size > 1:

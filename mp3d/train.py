@@ -9,6 +9,7 @@ the end of an epoch goes on exactly as one that was not.
 
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterable
 from dataclasses import asdict
 from functools import partial
@@ -32,6 +33,7 @@ from mp3d.early_stop import BestSoFar
 from mp3d.ema import build_average
 from mp3d.errors import ConfigError, DataError
 from mp3d.evaluation import predict_clips
+from mp3d.failures import explained
 from mp3d.metrics import build_metric
 from mp3d.models import build_model
 from mp3d.models.sync_batch_norm import synchronise_batch_norm
@@ -58,7 +60,14 @@ def train(config: TrainConfig, session: Session) -> dict[str, float]:
         DataError: the shards cannot be used.
         CheckpointError: ``init_from`` or every checkpoint of the run is damaged, or nothing of ``init_from`` fits.
         TrainingDiverged: a loss was not finite; the message names the batch.
+        ResourceError: memory or disk is full.
+        TrainingStopped: a process that reads clips was lost.
     """
+    with explained(session.run_dir):
+        return _train(config, session)
+
+
+def _train(config: TrainConfig, session: Session) -> dict[str, float]:
     head = config.model.head
     if head.kind == "detection" and head.anchors == "fit":
         raise ConfigError(
@@ -128,24 +137,39 @@ def check_inputs(config: TrainConfig) -> ShardSet:
         ConfigError: fewer classes than the shards have.
     """
     shards = open_shards(config.shards)
-    training_samples(config, shards)
-    validation_samples(config, shards)
+    training, _ = training_samples(config, shards)
+    validation = validation_samples(config, shards)
     head = config.model.head
     if head.num_classes < len(shards.class_names):
         raise ConfigError(
             f"{config.shards} has {len(shards.class_names)} classes, model.head.num_classes is {head.num_classes}"
         )
-    if head.kind == "classification" and head.num_classes == 2:
-        labels = read_image_labels(shards, "val")
-        there = {labels[sample.entry.series][sample.row] for sample in validation_samples(config, shards)}
-        if there != {0, 1}:
+    if head.kind == "classification":
+        _check_classes(shards, "train", training, head.num_classes)
+        there = _check_classes(shards, "val", validation, head.num_classes)
+        if head.num_classes == 2 and len(there) < 2:
             raise DataError(
-                f"the validation samples of {config.shards} are all of class {sorted(map(str, there))}, and the area "
+                f"the validation samples of {config.shards} are all of class {sorted(there)}, and the area "
                 "under the curve needs both; prepare with another split, or raise loop.max_validation_clips"
             )
     if config.init_from:
         open_checkpoint(config.init_from)
     return shards
+
+
+def _check_classes(shards: ShardSet, split: str, samples: list[Sample], num_classes: int) -> set[int]:
+    """The classes of samples; each has one."""
+    labels = read_image_labels(shards, split)
+    found = Counter(labels[sample.entry.series][sample.row] for sample in samples)
+    if missing := found.pop(None, 0):
+        raise DataError(
+            f"{missing} of {len(samples)} {split} samples of {shards.folder} have no class for a classifier to learn; "
+            "prepare data with one for each (README, data sets), or take a recipe for detection or segmentation"
+        )
+    there = {label for label in found if label is not None}
+    if strange := sorted(there - set(range(num_classes))):
+        raise ConfigError(f"{shards.folder} has samples of class {strange}; model.head.num_classes is {num_classes}")
+    return there
 
 
 def training_samples(config: TrainConfig, shards: ShardSet) -> tuple[list[Sample], list[Sample]]:
