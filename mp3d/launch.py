@@ -17,7 +17,7 @@ from mp3d.checkpoint import RUN
 from mp3d.config import TrainConfig
 from mp3d.data.shard import is_disk_full, write_aside
 from mp3d.errors import ConfigError, Mp3dError, ResourceError, TrainingStopped, as_json, from_json
-from mp3d.run_folder import check_name, claim, held, run_identity
+from mp3d.run_folder import beginning, check_name, claim, held, run_identity
 
 if TYPE_CHECKING:
     import torch
@@ -105,7 +105,8 @@ def run_training(config: TrainConfig) -> Path:
     run_dir = Path(config.launch.storage_path) / config.name
     digest = check_inputs(config).digest
     config = fit_to_data(config)
-    check_name(run_dir, RUN, config.name, run_identity(config, digest))
+    init_digest = beginning(run_dir, config)
+    check_name(run_dir, RUN, config.name, run_identity(config, digest, init_digest))
     if run_dir.exists():
         with held(run_dir):  # else it would be told only when workers have started
             pass
@@ -117,7 +118,7 @@ def run_training(config: TrainConfig) -> Path:
         if config.launch.ingest == "ray_data":
             raise ConfigError("launch.ingest is ray_data, and --launch.runner local is without Ray; use pyarrow")
         device = pick_device(config.launch.accelerator)
-        _train_here(config, claim(run_dir, config, digest), device)
+        _train_here(config, claim(run_dir, config, digest, init_digest), device)
     else:
         connect_ray(dashboard=True)
         worker = worker_resources(config.launch.cpus_per_worker, config.launch.accelerator)
@@ -125,7 +126,7 @@ def run_training(config: TrainConfig) -> Path:
         if config.launch.ingest == "ray_data":
             bundles.append({"CPU": 1.0})  # tasks that read; without one the workers would wait for ever
         check_resources(bundles, wait_s=config.launch.wait_for_resources_s)
-        _train_on_ray(config, claim(run_dir, config, digest), worker)
+        _train_on_ray(config, claim(run_dir, config, digest, init_digest), worker)
     return run_dir
 
 

@@ -2,7 +2,8 @@
 writes it.
 
     <storage_path>/<name>/
-      run.json           the configuration that the name stands for, and the digest of the shards
+      run.json           the configuration that the name stands for, and the digests of the shards and of what
+                         the run starts from
       epoch_0001/ ...    checkpoints: the best few and the latest (mp3d.checkpoint)
       metrics.jsonl      one line an epoch
       damaged_epoch_...  a checkpoint that resuming refused: kept to be looked at, never read
@@ -46,20 +47,41 @@ LOCK_PATIENCE_S = 10.0
 """How long the processes of a run that was killed may take to end."""
 
 
-def claim(run_dir: Path, config: TrainConfig, shards_digest: str | None = None) -> Path:
-    """Make the run's folder, or check that it belongs to this configuration and these shards.
+def claim(run_dir: Path, config: TrainConfig, shards_digest: str | None = None, init_digest: str | None = None) -> Path:
+    """Make the run's folder, or check that it belongs to this configuration, these shards and this beginning.
 
     Raises:
         ConfigError: the name stands for something else; the message lists the fields that differ.
         ResourceError: the folder cannot be written.
     """
-    claim_name(run_dir, RUN, config.name, run_identity(config, shards_digest))
+    claim_name(run_dir, RUN, config.name, run_identity(config, shards_digest, init_digest))
     return run_dir
 
 
-def run_identity(config: TrainConfig, shards_digest: str | None = None) -> dict[str, Any]:
-    """What must be equal for a run to go on: other shards under the same path would train other weights."""
-    return config.identity() | {"shards_digest": shards_digest}
+def run_identity(
+    config: TrainConfig, shards_digest: str | None = None, init_digest: str | None = None
+) -> dict[str, Any]:
+    """What must be equal for a run to go on: other shards, or another beginning, under the same path would train other
+    weights.
+    """
+    return config.identity() | {"shards_digest": shards_digest, "init_digest": init_digest}
+
+
+def beginning(run_dir: Path, config: TrainConfig) -> str | None:
+    """Digest of the checkpoint that the run starts from. A run that has a checkpoint of its own keeps the one that it
+    did start from: ``init_from`` may be gone by then, or trained on.
+
+    Raises:
+        CheckpointError: the run is still to be started, and ``init_from`` cannot be opened.
+    """
+    if config.init_from is None:
+        return None
+    if not checkpoints_of(run_dir):
+        return open_checkpoint(config.init_from).digest
+    try:
+        return json.loads((run_dir / RUN).read_text()).get("init_digest")
+    except (OSError, ValueError, AttributeError):
+        return None  # check_name tells what is wrong with it
 
 
 def claim_name(folder: Path, file: str, name: str, identity: dict[str, Any]) -> None:

@@ -133,7 +133,6 @@ def check_inputs(config: TrainConfig) -> ShardSet:
 
     Raises:
         DataError: the shards, their splits or their truth are not what the head learns from.
-        CheckpointError: ``init_from`` cannot be opened.
         ConfigError: fewer classes than the shards have.
     """
     shards = open_shards(config.shards)
@@ -152,8 +151,6 @@ def check_inputs(config: TrainConfig) -> ShardSet:
                 f"the validation samples of {config.shards} are all of class {sorted(there)}, and the area "
                 "under the curve needs both; prepare with another split, or raise loop.max_validation_clips"
             )
-    if config.init_from:
-        open_checkpoint(config.init_from)
     return shards
 
 

@@ -134,6 +134,25 @@ def test_a_classifier_learns_and_its_backbone_starts_a_detector(
     torch.testing.assert_close(moved[ours], source[name], atol=1e-6, rtol=0)
 
 
+def test_another_beginning_under_the_same_path_is_refused_and_none_is_needed_later(ct: Path, tmp_path: Path):
+    short = {"loop__epochs": 1, "loop__steps_per_epoch": 1}
+    first = run_training(detector_config(ct, tmp_path, "first", **short))
+    config = detector_config(ct, tmp_path, init_from=str(first), **short)
+    run = run_training(config)
+    digest = open_checkpoint(first).digest
+    expected = weights(run, 1)
+    shutil.rmtree(first)
+    assert run_training(config) == run, "it has begun and needs no beginning"
+    run_training(detector_config(ct, tmp_path, "first", loop__seed=1, **short))
+    shutil.rmtree(run / "epoch_0001")
+    with pytest.raises(ConfigError, match=rf"init_digest was '{digest}', is"):
+        run_training(config)
+    shutil.rmtree(first)
+    run_training(detector_config(ct, tmp_path, "first", **short))
+    run_training(config)
+    assert all(torch.equal(value, expected[name]) for name, value in weights(run, 1).items())
+
+
 def test_frozen_stages_do_not_move(ct: Path, tmp_path: Path):
     run = run_training(detector_config(ct, tmp_path, loop__epochs=2, loop__steps_per_epoch=1, model__frozen_stages=1))
     first, last = weights(run, 1), weights(run, 2)
@@ -173,7 +192,8 @@ def test_unusable_inputs_are_refused_before_anything_starts(
 ):
     shards = pictures if "model.head" in changes else ct
     with pytest.raises(error, match=message):
-        check_inputs(detector_config(shards, tmp_path).override(changes))
+        run_training(detector_config(shards, tmp_path).override(changes))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_empty_data_set_is_refused_before_the_run_exists(ct: Path, tmp_path: Path):
