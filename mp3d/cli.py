@@ -25,6 +25,7 @@ from mp3d.errors import ConfigError, Mp3dError
 from mp3d.launch import run_training
 from mp3d.recipes import SYNTHETIC_WORLD, Recipe
 from mp3d.recipes.smoke import SMOKE_WORLD, SUFFIX, smoke_of
+from mp3d.schedule import scaled_to_batch
 from mp3d.sweep import run_sweep, trials_table
 from mp3d.tracking import tracking_mode
 
@@ -251,11 +252,17 @@ def training_plan(config: TrainConfig) -> dict[str, Any]:
         + (f" of {clip.pixel_spacing_mm or 'their own'} mm, block: {clip.block}" if clip.block else ""),
         "training": f"{loop.epochs} epochs of {loop.steps_per_epoch or 'all'} steps, "
         f"{loop.batch_size} x {loop.accumulate} x {loop.num_workers} clips a step",
-        "optimiser": f"{optim.algorithm}, lr {optim.lr:g}, {optim.schedule}",
+        "optimiser": f"{optim.algorithm}, lr {optim.lr:g}{_scaled(config)}, {optim.schedule}",
         "runs on": f"{config.launch.runner}, {loop.num_workers} x {config.launch.cpus_per_worker:g} CPU, "
         f"accelerator {config.launch.accelerator}, precision {loop.precision}",
         "tracking": f"W&B {tracking_mode(config.tracking.mode)}, project {config.tracking.project}",
     }
+
+
+def _scaled(config: TrainConfig) -> str:
+    optim, clips = config.optim, config.loop.step_clips * config.loop.num_workers
+    rate = scaled_to_batch(optim, clips).lr
+    return "" if rate == optim.lr else f" for {optim.lr_batch} clips a step: {rate:.3g} for {clips}"
 
 
 def cost_plan(config: TrainConfig) -> dict[str, str]:

@@ -47,6 +47,13 @@ def test_a_dry_run_prints_the_plan_and_starts_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_the_plan_has_the_rate_of_another_batch_than_the_stated_one(capsys: pytest.CaptureFixture[str]):
+    assert finetune.main(["small_classification", "--dry-run"]) == 0
+    assert "adam, lr 0.002, step" in capsys.readouterr().out
+    assert finetune.main(["small_classification", "--optim.lr-batch", "16", "--dry-run"]) == 0
+    assert "adam, lr 0.002 for 16 clips a step: 0.001 for 4, step" in capsys.readouterr().out
+
+
 def test_without_a_recipe_the_default_is_taken_and_named(capsys: pytest.CaptureFixture[str]):
     assert pretrain.main(["--dry-run"]) == 0
     assert "no recipe was named: running 'synthetic_pretrain' on the synthetic world" in capsys.readouterr().out

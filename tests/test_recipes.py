@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from mp3d.config import ClassificationHead, DetectionHead, SegmentationHead, TrainConfig
 from mp3d.models import ClipSegmenter, LesionDetector, build_model
 from mp3d.recipes import FINETUNE, PRETRAIN, Recipe
+from mp3d.schedule import scaled_to_batch
 
 RECIPES = PRETRAIN + FINETUNE
 LARGE = [recipe for recipe in RECIPES if not recipe.__name__.startswith(("synthetic_", "small_"))]
@@ -72,6 +73,12 @@ def petaflops(config: TrainConfig) -> float:
 
 def test_names_are_unique():
     assert len({recipe().name for recipe in RECIPES}) == len(RECIPES)
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.__name__)
+def test_a_recipe_trains_at_the_rate_that_it_states(recipe: Recipe):
+    config = recipe()
+    assert scaled_to_batch(config.optim, config.loop.step_clips * config.loop.num_workers) == config.optim
 
 
 @pytest.mark.parametrize("recipe", PRETRAIN, ids=lambda recipe: recipe.__name__)

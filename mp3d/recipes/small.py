@@ -41,6 +41,7 @@ SMALL_VOLUMES = {
     "model.width": 0.125,
     "model.norm": "slice_gn",
     "optim.lr": 2e-3,
+    "optim.lr_batch": None,  # the rate is that of these small batches
     "loop.epochs": 6,
     "loop.batch_size": 4,
     "loop.steps_per_epoch": 40,
