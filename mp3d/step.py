@@ -174,8 +174,9 @@ def _leave_out(
         where = ", ".join(f"{info.series}/{info.z_index}" for batch in batches for info in batch.infos)
         value = sum(value.item() for value in losses.values()) if fault == "loss" else "not finite"
         raise TrainingDiverged(
-            f"step {step}: the {fault} is {value} on series/slice {where} ({file}); lower optim.lr, lengthen "
-            f"optim.warmup_steps, try loop.precision fp32, or leave such steps out (loop.allowed_skips is {allowed})"
+            f"step {step}: the {fault} is {value} on series/slice {where} ({file}); leave such steps out "
+            f"(loop.allowed_skips is {allowed}, and this run may go on with more), or, under a new --name, lower "
+            "optim.lr, lengthen optim.warmup_steps or try loop.precision fp32"
         )
     for buffer, known in zip(run.bare_model.buffers(), before, strict=True):
         buffer.copy_(known)

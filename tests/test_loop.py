@@ -287,10 +287,14 @@ def test_more_such_steps_than_allowed_stop_the_run(pictures: Path, tmp_path: Pat
     NaNOnce.bad = (1, 3)
     config = classifier_config(pictures, tmp_path, loop__allowed_skips=1, loop__steps_per_epoch=4)
     with pytest.raises(
-        TrainingDiverged, match=r"step 2: the loss is nan.*step_00000002_rank_0.json.*allowed_skips is 1"
+        TrainingDiverged,
+        match=r"step 2: the loss is nan.*step_00000002_rank_0.json.*allowed_skips is 1, .* under a new --name, lower",
     ):
         run_training(config)
     assert len(list((tmp_path / config.name / NONFINITE).iterdir())) == 2
+    NaNOnce.calls = 0
+    run = run_training(config.override({"loop.allowed_skips": 2}))
+    assert open_checkpoint(run).trainer_state().values["skipped"] == 2
 
 
 def test_rates_scale_with_the_batch():
