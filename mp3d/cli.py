@@ -19,6 +19,7 @@ from pydantic import ValidationError
 
 from mp3d.checkpoint import open_checkpoint
 from mp3d.config import Config, SweepConfig, TrainConfig
+from mp3d.config.clips import PRESETS
 from mp3d.data.made_world import ensure_synthetic_shards
 from mp3d.data.smoke_world import ensure_smoke_shards
 from mp3d.errors import ConfigError, Mp3dError
@@ -71,6 +72,8 @@ def parse_recipe(
     named = bool(args) and not args[0].startswith("-")
     recipe = find_recipe(recipes, args.pop(0)) if named else default
     config = build(recipe())
+    if presets := _presets(args):
+        config = config.override(presets)  # first, for the parser gives every field a value and would undo it
 
     def command(
         config: Annotated[type(config), tyro.conf.arg(name="")] = config,  # type: ignore[valid-type]
@@ -85,6 +88,17 @@ def parse_recipe(
         description=(recipe.__doc__ or "").splitlines()[0],
         config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagCreatePairsOff),
     )
+
+
+def _presets(args: Sequence[str]) -> dict[str, str]:
+    """The presets on a command line, by field; what is no preset is left to the parser to complain of."""
+    found = {}
+    for number, arg in enumerate(args):
+        name, equals, value = arg.partition("=")
+        if name.startswith("--") and name.endswith("augment.preset"):
+            value = value if equals else "".join(args[number + 1 : number + 2])
+            found |= {name.removeprefix("--"): value} if value in PRESETS else {}
+    return found
 
 
 def parse(kind: type[C], *, about: str, argv: Sequence[str] | None) -> Command[C]:
@@ -196,8 +210,7 @@ def train_command(command: Command[TrainConfig], next_step: str) -> int:
         print_plan(training_plan(config))
         return 0
     ensure_shards(command.config.shards)
-    print_plan(cost_plan(config))
-    run_training(config)
+    run_training(config, announce=lambda fitted: print_plan(cost_plan(fitted)))
     best = open_checkpoint(run_dir)
     print(f"best checkpoint: {best.path} (epoch {best.epoch}, score {best.score:.4f})")
     print(f"next: python {next_step.format(run=run_dir)}")

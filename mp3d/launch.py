@@ -8,7 +8,7 @@ import secrets
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -87,11 +87,12 @@ def set_ray_environment() -> None:
     _ensure_token()
 
 
-def run_training(config: TrainConfig) -> Path:
+def run_training(config: TrainConfig, announce: Callable[[TrainConfig], None] = lambda config: None) -> Path:
     """Train (or go on training) and return the run's folder, which stands for its best checkpoint.
 
     Args:
         config: with absolute paths.
+        announce: is called when everything has been checked, before anything is started.
 
     Raises:
         ConfigError: the run's name stands for another configuration.
@@ -103,6 +104,10 @@ def run_training(config: TrainConfig) -> Path:
     from mp3d.train import check_inputs
 
     run_dir = Path(config.launch.storage_path) / config.name
+    device = None
+    if config.launch.runner == "local":
+        _check_local(config)
+        device = pick_device(config.launch.accelerator)
     digest = check_inputs(config).digest
     config = fit_to_data(config)
     init_digest = beginning(run_dir, config)
@@ -110,14 +115,8 @@ def run_training(config: TrainConfig) -> Path:
     if run_dir.exists():
         with held(run_dir):  # else it would be told only when workers have started
             pass
-    if config.launch.runner == "local":
-        if config.loop.num_workers != 1:
-            raise ConfigError(
-                f"loop.num_workers is {config.loop.num_workers}, and --launch.runner local is one process; use ray"
-            )
-        if config.launch.ingest == "ray_data":
-            raise ConfigError("launch.ingest is ray_data, and --launch.runner local is without Ray; use pyarrow")
-        device = pick_device(config.launch.accelerator)
+    if device is not None:
+        announce(config)
         _train_here(config, claim(run_dir, config, digest, init_digest), device)
     else:
         connect_ray(dashboard=True)
@@ -126,8 +125,18 @@ def run_training(config: TrainConfig) -> Path:
         if config.launch.ingest == "ray_data":
             bundles.append({"CPU": 1.0})  # tasks that read; without one the workers would wait for ever
         check_resources(bundles, wait_s=config.launch.wait_for_resources_s)
+        announce(config)
         _train_on_ray(config, claim(run_dir, config, digest, init_digest), worker)
     return run_dir
+
+
+def _check_local(config: TrainConfig) -> None:
+    if config.loop.num_workers != 1:
+        raise ConfigError(
+            f"loop.num_workers is {config.loop.num_workers}, and --launch.runner local is one process; use ray"
+        )
+    if config.launch.ingest == "ray_data":
+        raise ConfigError("launch.ingest is ray_data, and --launch.runner local is without Ray; use pyarrow")
 
 
 def worker_resources(cpus: float, accelerator: str) -> dict[str, float]:
