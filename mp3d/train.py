@@ -136,6 +136,7 @@ def check_inputs(config: TrainConfig) -> ShardSet:
         ConfigError: fewer classes than the shards have.
     """
     shards = open_shards(config.shards)
+    _check_kind(shards, config)
     training, _ = training_samples(config, shards)
     validation = validation_samples(config, shards)
     head = config.model.head
@@ -152,6 +153,18 @@ def check_inputs(config: TrainConfig) -> ShardSet:
                 "under the curve needs both; prepare with another split, or raise loop.max_validation_clips"
             )
     return shards
+
+
+def _check_kind(shards: ShardSet, config: TrainConfig) -> None:
+    """Colour pictures and CT are read, windowed and normalised each in its own way."""
+    for_pictures = config.clip.slice_spacing_mm is None and config.clip.block is None
+    if any((entry.spacing_mm is None) != for_pictures for entry in shards.entries):
+        kinds = ("colour pictures", "CT series")
+        there, read = kinds if not for_pictures else kinds[::-1]
+        raise DataError(
+            f"{shards.folder} holds {there}, and the configuration reads {read} (clip.slice_spacing_mm is "
+            f"{config.clip.slice_spacing_mm}); take a recipe for {there}, or other --shards"
+        )
 
 
 def _check_classes(shards: ShardSet, split: str, samples: list[Sample], num_classes: int) -> set[int]:

@@ -183,16 +183,24 @@ def test_every_checkpoint_damaged_is_refused(ct: Path, tmp_path: Path):
     ("changes", "error", "message"),
     [
         ({"shards": "nowhere"}, DataError, "run jobs/prepare.py"),
+        ({"clip.slice_spacing_mm": None}, DataError, "holds CT series, and the configuration reads colour pictures"),
+        ({"shards": "pictures"}, DataError, "holds colour pictures, and the configuration reads CT"),
         ({"init_from": "nowhere"}, CheckpointError, "neither a checkpoint"),
-        ({"model.head": {"kind": "classification", "num_classes": 1}, "clip.num_slices": 3}, ConfigError, "2 classes"),
+        (
+            {"shards": "pictures", "model.head": {"kind": "classification", "num_classes": 1}, "clip.num_slices": 3}
+            | {"clip.slice_spacing_mm": None},
+            ConfigError,
+            "2 classes",
+        ),
     ],
 )
 def test_unusable_inputs_are_refused_before_anything_starts(
     ct: Path, pictures: Path, tmp_path: Path, changes: dict, error: type[Exception], message: str
 ):
-    shards = pictures if "model.head" in changes else ct
+    if changes.get("shards") == "pictures":
+        changes = changes | {"shards": str(pictures)}
     with pytest.raises(error, match=message):
-        run_training(detector_config(shards, tmp_path).override(changes))
+        run_training(detector_config(ct, tmp_path).override(changes))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -277,8 +285,9 @@ def test_a_killed_process_that_reads_is_told(ct: Path, tmp_path: Path, monkeypat
 
 
 def test_shards_without_boxes_cannot_train_a_detector(pictures: Path, tmp_path: Path):
+    planes = {"clip.num_slices": 3, "clip.slice_spacing_mm": None}
     with pytest.raises(DataError, match="no slice with a box"):
-        check_inputs(detector_config(pictures, tmp_path))
+        check_inputs(detector_config(pictures, tmp_path).override(planes))
 
 
 @pytest.mark.parametrize("loader_workers", [0, 1])

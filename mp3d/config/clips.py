@@ -19,7 +19,7 @@ class ClipConfig(Config):
     A detector trained on slabs can be run over a whole series at once.
     """
     slice_spacing_mm: PositiveFloat | None = 2.5
-    """Spacing of the clip along z; None takes the slices as they are stored, as for the planes of a picture."""
+    """Spacing of the clip along z. None: the planes of a colour picture; of a block, slices as they are stored."""
     interpolation: Literal["exact", "authors"] = "exact"
     """Where neighbours lie that fall between stored slices: at their own place; or where the authors' loader puts them,
     which reuses the first neighbour's weights for all and is off by up to 1.5 mm (0 at 1, 2.5 and 5 mm spacing).
