@@ -1,8 +1,9 @@
 """One update of the weights: forward and backward over the micro-batches, one agreement of all ranks, one step.
 
 The gradient is that of the mean loss over the key slices of the *global* batch, however many ranks and micro-batches
-it was dealt to, and however unevenly its key slices fell on them. Every rank takes every step: whether it counts is
-decided together.
+it was dealt to, and however unevenly its key slices fell on them; but for what is a ratio over a batch, such as batch
+norm and a Dice over the batch, which micro-batches each have on their own. Every rank takes every step: whether it
+counts is decided together.
 """
 
 import json

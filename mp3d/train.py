@@ -36,6 +36,7 @@ from mp3d.evaluation import predict_clips
 from mp3d.failures import explained
 from mp3d.metrics import build_metric
 from mp3d.models import build_model
+from mp3d.models.segmenter import synchronise_dice
 from mp3d.models.sync_batch_norm import synchronise_batch_norm
 from mp3d.models.transfer import initialise_backbone
 from mp3d.progress import Progress
@@ -225,8 +226,10 @@ def start(config: TrainConfig, session: Session, steps_per_epoch: int) -> Run:
     """Model and optimiser of a new run, the same on every rank."""
     torch.manual_seed(config.loop.seed)
     model = build_model(config.model, config.clip).to(session.device)
-    if config.loop.sync_batch_norm and session.world_size > 1:
-        synchronise_batch_norm(model)
+    if session.world_size > 1:
+        synchronise_dice(model)
+        if config.loop.sync_batch_norm:
+            synchronise_batch_norm(model)
     dtype = checked_precision(model, config.clip, resolve_precision(config.loop.precision, session.device))
     if config.loop.compile:
         compile_layers(model)
