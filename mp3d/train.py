@@ -84,6 +84,8 @@ def _train(config: TrainConfig, session: Session) -> dict[str, float]:
     validation = ClipDataset(shards, validation_samples(config, shards), config.clip, every_slice=masks)
 
     run = start(config, session, steps_in_epoch(config.loop, len(stream), session.world_size))
+    # of all workers, be some lost: W&B drops what comes at an earlier step than it has seen
+    full_epoch = steps_in_epoch(config.loop, len(stream), config.loop.num_workers)
     best = BestSoFar()
     checkpoint = session.resume()
     if checkpoint:
@@ -107,10 +109,10 @@ def _train(config: TrainConfig, session: Session) -> dict[str, float]:
             metrics = train_epoch(run, epoch, steps, training_batches(run, dataset, stream, steps), progress)
             found, score_name = validate(run, validation)
             metrics |= found
-            tracker(metrics, step=steps.stop)
+            tracker(metrics, step=epoch * full_epoch)
             if tracker.pictures:
                 taken = take_snapshots(run.judged_model, validation, tracker.pictures, session.device, run.dtype)
-                tracker.show(taken, step=steps.stop)
+                tracker.show(taken, step=epoch * full_epoch)
             progress.end(metrics)
             best.update(epoch, metrics[score_name])
             session.report(epoch, metrics[score_name], metrics, partial(save, run, epoch, metrics, score_name, best))
