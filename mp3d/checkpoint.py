@@ -11,7 +11,8 @@
     transfer.json          of weights that were released elsewhere: what became of each
 
 No manifest, no checkpoint. A *run* is a directory of checkpoints (``epoch_0001`` ...); wherever a checkpoint is asked
-for, a run will do and stands for its best.
+for, a run will do and stands for its best. A folder with the name of an epoch holds that epoch, of the run whose
+``run.json`` stands beside it; else it was swapped and is refused as damaged.
 """
 
 import errno
@@ -20,7 +21,7 @@ import math
 import os
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from hashlib import sha256
 from pathlib import Path
@@ -37,7 +38,10 @@ from mp3d.errors import CheckpointError
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
+RUN = "run.json"
+"""In the folder of a run: the configuration that its name stands for (:mod:`mp3d.run_folder`)."""
 KIND = "mp3d-checkpoint"
+EPOCH_NAME = re.compile(r"epoch_\d{4,}")
 STREAMING = "streaming.json"
 TRANSFER = "transfer.json"
 MAX_STREAMING_LOSS = 0.005
@@ -169,7 +173,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     """Open a checkpoint, or the best intact checkpoint of a run.
 
     Raises:
-        CheckpointError: nothing there, a torn or altered checkpoint, or one of another format version.
+        CheckpointError: nothing there, a torn, altered or swapped checkpoint, or one of another format version.
     """
     path = Path(path)
     if (path / MANIFEST).exists():
@@ -249,7 +253,7 @@ def _open_verified(path: Path) -> Checkpoint:
             if _sha256(path / name) != expected:
                 raise CheckpointError(f"{path / name} does not match its SHA-256 in {MANIFEST}: it was altered or torn")
         facts = json.loads((path / "metrics.json").read_text())
-        return Checkpoint(
+        found = Checkpoint(
             path=path,
             config=TrainConfig.model_validate(json.loads((path / "config.json").read_text())),
             epoch=facts["epoch"],
@@ -259,6 +263,33 @@ def _open_verified(path: Path) -> Checkpoint:
         )
     except (OSError, ValueError, KeyError, TypeError, ValidationError, SafetensorError) as error:
         raise CheckpointError(f"{path} is no intact checkpoint: {type(error).__name__}: {error}") from error
+    _check_place(found)
+    return found
+
+
+def _check_place(found: Checkpoint) -> None:
+    if not EPOCH_NAME.fullmatch(found.path.name):
+        return
+    if found.path.name != epoch_directory(found.epoch):
+        raise CheckpointError(f"{found.path} holds the checkpoint of epoch {found.epoch}: it was swapped")
+    try:
+        known = json.loads((found.path.parent / RUN).read_text())
+        known = {name: value for name, value in known.items() if name in TrainConfig.model_fields}
+        identity = TrainConfig.model_validate(known).identity()  # with the fields that came into being since
+    except (OSError, ValueError, AttributeError):
+        return  # a folder that nobody has claimed
+    if differing := list(differences(identity, found.config.identity())):
+        raise CheckpointError(f"{found.path} is of another run ({'; '.join(differing)}): it was swapped")
+
+
+def differences(known: dict[str, Any], given: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    """The fields, with dots, in which two configurations differ, and both their values."""
+    for name in sorted(known.keys() | given.keys()):
+        old, new = known.get(name), given.get(name)
+        if isinstance(old, dict) and isinstance(new, dict):
+            yield from differences(old, new, f"{prefix}{name}.")
+        elif old != new:
+            yield f"{prefix}{name} was {old!r}, is {new!r}"
 
 
 def sync_to_disk(path: Path) -> None:

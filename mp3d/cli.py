@@ -19,12 +19,14 @@ from pydantic import ValidationError
 
 from mp3d.checkpoint import open_checkpoint
 from mp3d.config import Config, SweepConfig, TrainConfig
+from mp3d.config.clips import PRESETS
 from mp3d.data.made_world import ensure_synthetic_shards
 from mp3d.data.smoke_world import ensure_smoke_shards
 from mp3d.errors import ConfigError, Mp3dError
 from mp3d.launch import run_training
 from mp3d.recipes import SYNTHETIC_WORLD, Recipe
 from mp3d.recipes.smoke import SMOKE_WORLD, SUFFIX, smoke_of
+from mp3d.schedule import scaled_to_batch
 from mp3d.sweep import run_sweep, trials_table
 from mp3d.tracking import tracking_mode
 
@@ -70,6 +72,8 @@ def parse_recipe(
     named = bool(args) and not args[0].startswith("-")
     recipe = find_recipe(recipes, args.pop(0)) if named else default
     config = build(recipe())
+    if presets := _presets(args):
+        config = config.override(presets)  # first, for the parser gives every field a value and would undo it
 
     def command(
         config: Annotated[type(config), tyro.conf.arg(name="")] = config,  # type: ignore[valid-type]
@@ -84,6 +88,17 @@ def parse_recipe(
         description=(recipe.__doc__ or "").splitlines()[0],
         config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagCreatePairsOff),
     )
+
+
+def _presets(args: Sequence[str]) -> dict[str, str]:
+    """The presets on a command line, by field; what is no preset is left to the parser to complain of."""
+    found = {}
+    for number, arg in enumerate(args):
+        name, equals, value = arg.partition("=")
+        if name.startswith("--") and name.endswith("augment.preset"):
+            value = value if equals else "".join(args[number + 1 : number + 2])
+            found |= {name.removeprefix("--"): value} if value in PRESETS else {}
+    return found
 
 
 def parse(kind: type[C], *, about: str, argv: Sequence[str] | None) -> Command[C]:
@@ -195,8 +210,7 @@ def train_command(command: Command[TrainConfig], next_step: str) -> int:
         print_plan(training_plan(config))
         return 0
     ensure_shards(command.config.shards)
-    print_plan(cost_plan(config))
-    run_training(config)
+    run_training(config, announce=lambda fitted: print_plan(cost_plan(fitted)))
     best = open_checkpoint(run_dir)
     print(f"best checkpoint: {best.path} (epoch {best.epoch}, score {best.score:.4f})")
     print(f"next: python {next_step.format(run=run_dir)}")
@@ -251,11 +265,17 @@ def training_plan(config: TrainConfig) -> dict[str, Any]:
         + (f" of {clip.pixel_spacing_mm or 'their own'} mm, block: {clip.block}" if clip.block else ""),
         "training": f"{loop.epochs} epochs of {loop.steps_per_epoch or 'all'} steps, "
         f"{loop.batch_size} x {loop.accumulate} x {loop.num_workers} clips a step",
-        "optimiser": f"{optim.algorithm}, lr {optim.lr:g}, {optim.schedule}",
+        "optimiser": f"{optim.algorithm}, lr {optim.lr:g}{_scaled(config)}, {optim.schedule}",
         "runs on": f"{config.launch.runner}, {loop.num_workers} x {config.launch.cpus_per_worker:g} CPU, "
         f"accelerator {config.launch.accelerator}, precision {loop.precision}",
         "tracking": f"W&B {tracking_mode(config.tracking.mode)}, project {config.tracking.project}",
     }
+
+
+def _scaled(config: TrainConfig) -> str:
+    optim, clips = config.optim, config.loop.step_clips * config.loop.num_workers
+    rate = scaled_to_batch(optim, clips).lr
+    return "" if rate == optim.lr else f" for {optim.lr_batch} clips a step: {rate:.3g} for {clips}"
 
 
 def cost_plan(config: TrainConfig) -> dict[str, str]:

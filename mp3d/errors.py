@@ -39,7 +39,7 @@ class ResourceError(Mp3dError):
 
 
 class TrainingStopped(Mp3dError):
-    """Ray Train lost workers more often than ``launch.max_failures`` allows."""
+    """A process was lost; on Ray, more often than ``launch.max_failures`` allows."""
 
 
 class Refusal(DataError):

@@ -8,15 +8,16 @@ import secrets
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mp3d.checkpoint import RUN
 from mp3d.config import TrainConfig
 from mp3d.data.shard import is_disk_full, write_aside
 from mp3d.errors import ConfigError, Mp3dError, ResourceError, TrainingStopped, as_json, from_json
-from mp3d.run_folder import check_name, claim, held, run_identity
+from mp3d.run_folder import beginning, check_name, claim, held, run_identity
 
 if TYPE_CHECKING:
     import torch
@@ -86,11 +87,12 @@ def set_ray_environment() -> None:
     _ensure_token()
 
 
-def run_training(config: TrainConfig) -> Path:
+def run_training(config: TrainConfig, announce: Callable[[TrainConfig], None] = lambda config: None) -> Path:
     """Train (or go on training) and return the run's folder, which stands for its best checkpoint.
 
     Args:
         config: with absolute paths.
+        announce: is called when everything has been checked, before anything is started.
 
     Raises:
         ConfigError: the run's name stands for another configuration.
@@ -102,21 +104,20 @@ def run_training(config: TrainConfig) -> Path:
     from mp3d.train import check_inputs
 
     run_dir = Path(config.launch.storage_path) / config.name
+    device = None
+    if config.launch.runner == "local":
+        _check_local(config)
+        device = pick_device(config.launch.accelerator)
     digest = check_inputs(config).digest
     config = fit_to_data(config)
-    check_name(run_dir, "run.json", config.name, run_identity(config, digest))
+    init_digest = beginning(run_dir, config)
+    check_name(run_dir, RUN, config.name, run_identity(config, digest, init_digest))
     if run_dir.exists():
         with held(run_dir):  # else it would be told only when workers have started
             pass
-    if config.launch.runner == "local":
-        if config.loop.num_workers != 1:
-            raise ConfigError(
-                f"loop.num_workers is {config.loop.num_workers}, and --launch.runner local is one process; use ray"
-            )
-        if config.launch.ingest == "ray_data":
-            raise ConfigError("launch.ingest is ray_data, and --launch.runner local is without Ray; use pyarrow")
-        device = pick_device(config.launch.accelerator)
-        _train_here(config, claim(run_dir, config, digest), device)
+    if device is not None:
+        announce(config)
+        _train_here(config, claim(run_dir, config, digest, init_digest), device)
     else:
         connect_ray(dashboard=True)
         worker = worker_resources(config.launch.cpus_per_worker, config.launch.accelerator)
@@ -124,8 +125,18 @@ def run_training(config: TrainConfig) -> Path:
         if config.launch.ingest == "ray_data":
             bundles.append({"CPU": 1.0})  # tasks that read; without one the workers would wait for ever
         check_resources(bundles, wait_s=config.launch.wait_for_resources_s)
-        _train_on_ray(config, claim(run_dir, config, digest), worker)
+        announce(config)
+        _train_on_ray(config, claim(run_dir, config, digest, init_digest), worker)
     return run_dir
+
+
+def _check_local(config: TrainConfig) -> None:
+    if config.loop.num_workers != 1:
+        raise ConfigError(
+            f"loop.num_workers is {config.loop.num_workers}, and --launch.runner local is one process; use ray"
+        )
+    if config.launch.ingest == "ray_data":
+        raise ConfigError("launch.ingest is ray_data, and --launch.runner local is without Ray; use pyarrow")
 
 
 def worker_resources(cpus: float, accelerator: str) -> dict[str, float]:
@@ -267,6 +278,8 @@ def _train_in_worker(payload: dict[str, Any]) -> None:
     try:
         with held(run_dir) if session.rank == 0 else nullcontext():
             train(config, session)
+    except TrainingStopped:
+        raise  # a lost process is worth another start
     except Mp3dError as error:
         write_aside(stopped, as_json(error))
         if session.world_size > 1:

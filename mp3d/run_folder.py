@@ -2,7 +2,8 @@
 writes it.
 
     <storage_path>/<name>/
-      run.json           the configuration that the name stands for, and the digest of the shards
+      run.json           the configuration that the name stands for, and the digests of the shards and of what
+                         the run starts from
       epoch_0001/ ...    checkpoints: the best few and the latest (mp3d.checkpoint)
       metrics.jsonl      one line an epoch
       damaged_epoch_...  a checkpoint that resuming refused: kept to be looked at, never read
@@ -26,10 +27,20 @@ from pathlib import Path
 from secrets import token_hex
 from typing import Any
 
-from mp3d.checkpoint import Checkpoint, checkpoints_of, epoch_directory, open_checkpoint, score_of, sync_to_disk
+from mp3d.checkpoint import (
+    RUN,
+    Checkpoint,
+    checkpoints_of,
+    differences,
+    epoch_directory,
+    open_checkpoint,
+    score_of,
+    sync_to_disk,
+)
 from mp3d.config import TrainConfig
 from mp3d.data.shard import ASIDE_PATTERN, write_aside
 from mp3d.errors import CheckpointError, ConfigError, ResourceError
+from mp3d.models.transfer import check_source
 
 Save = Callable[[Path], None]
 """Writes a checkpoint into the empty directory it is given."""
@@ -37,20 +48,43 @@ LOCK_PATIENCE_S = 10.0
 """How long the processes of a run that was killed may take to end."""
 
 
-def claim(run_dir: Path, config: TrainConfig, shards_digest: str | None = None) -> Path:
-    """Make the run's folder, or check that it belongs to this configuration and these shards.
+def claim(run_dir: Path, config: TrainConfig, shards_digest: str | None = None, init_digest: str | None = None) -> Path:
+    """Make the run's folder, or check that it belongs to this configuration, these shards and this beginning.
 
     Raises:
         ConfigError: the name stands for something else; the message lists the fields that differ.
         ResourceError: the folder cannot be written.
     """
-    claim_name(run_dir, "run.json", config.name, run_identity(config, shards_digest))
+    claim_name(run_dir, RUN, config.name, run_identity(config, shards_digest, init_digest))
     return run_dir
 
 
-def run_identity(config: TrainConfig, shards_digest: str | None = None) -> dict[str, Any]:
-    """What must be equal for a run to go on: other shards under the same path would train other weights."""
-    return config.identity() | {"shards_digest": shards_digest}
+def run_identity(
+    config: TrainConfig, shards_digest: str | None = None, init_digest: str | None = None
+) -> dict[str, Any]:
+    """What must be equal for a run to go on: other shards, or another beginning, under the same path would train other
+    weights.
+    """
+    return config.identity() | {"shards_digest": shards_digest, "init_digest": init_digest}
+
+
+def beginning(run_dir: Path, config: TrainConfig) -> str | None:
+    """Digest of the checkpoint that the run starts from. A run that has a checkpoint of its own keeps the one that it
+    did start from: ``init_from`` may be gone by then, or trained on.
+
+    Raises:
+        CheckpointError: the run is still to be started, and ``init_from`` cannot be opened or is of another network.
+    """
+    if config.init_from is None:
+        return None
+    if not checkpoints_of(run_dir):
+        source = open_checkpoint(config.init_from)
+        check_source(source.config.model, config.model)
+        return source.digest
+    try:
+        return json.loads((run_dir / RUN).read_text()).get("init_digest")
+    except (OSError, ValueError, AttributeError):
+        return None  # check_name tells what is wrong with it
 
 
 def claim_name(folder: Path, file: str, name: str, identity: dict[str, Any]) -> None:
@@ -72,7 +106,7 @@ def check_name(folder: Path, file: str, name: str, identity: dict[str, Any]) -> 
         return
     try:
         known = json.loads(path.read_text())
-        differing = list(_differences(known, identity))
+        differing = list(differences(known, identity))
     except (OSError, ValueError, AttributeError) as error:
         raise ConfigError(f"{path} cannot be read ({error}); remove {folder}, or give another --name") from error
     if differing:
@@ -115,8 +149,7 @@ def held(run_dir: Path, wait_s: float = LOCK_PATIENCE_S) -> Iterator[None]:
 def resume_point(run_dir: Path) -> Checkpoint | None:
     """The newest intact checkpoint of a run; None for a new one. Called by the one process that writes the run.
 
-    Checkpoints that are newer and damaged are refused by name and set aside, where nothing reads them. Damaged is what
-    its manifest does not vouch for, and what is of another epoch or another run than its place says.
+    Checkpoints that are newer and damaged are refused by name and set aside, where nothing reads them.
 
     Raises:
         CheckpointError: there are checkpoints, and all of them are damaged: a run never silently begins anew.
@@ -130,7 +163,6 @@ def resume_point(run_dir: Path) -> Checkpoint | None:
     for path in sorted(run_dir.glob("epoch_*"), reverse=True):
         try:
             found = open_checkpoint(path)
-            _check_place(found, run_dir)
         except CheckpointError as error:
             faults[path] = str(error)
             continue
@@ -190,18 +222,6 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     return [line for _, line in sorted(found.items())]
 
 
-def _check_place(found: Checkpoint, run_dir: Path) -> None:
-    if found.path.name != epoch_directory(found.epoch):
-        raise CheckpointError(f"{found.path} holds the checkpoint of epoch {found.epoch}: it was swapped")
-    try:
-        known = json.loads((run_dir / "run.json").read_text())
-    except (OSError, ValueError):
-        return  # a folder that nobody has claimed
-    known.pop("shards_digest", None)
-    if differing := list(_differences(known, found.config.identity())):
-        raise CheckpointError(f"{found.path} is of another run ({'; '.join(differing)}): it was swapped")
-
-
 def _set_aside(path: Path) -> Path:
     number = 1
     while (aside := path.with_name(f"damaged_{path.name}" + (f".{number}" if number > 1 else ""))).exists():
@@ -224,12 +244,3 @@ def _locked(descriptor: int) -> bool:
     except OSError:
         return True
     return True
-
-
-def _differences(known: dict[str, Any], given: dict[str, Any], prefix: str = "") -> Iterator[str]:
-    for name in sorted(known.keys() | given.keys()):
-        old, new = known.get(name), given.get(name)
-        if isinstance(old, dict) and isinstance(new, dict):
-            yield from _differences(old, new, f"{prefix}{name}.")
-        elif old != new:
-            yield f"{prefix}{name} was {old!r}, is {new!r}"

@@ -1,8 +1,9 @@
 """One update of the weights: forward and backward over the micro-batches, one agreement of all ranks, one step.
 
 The gradient is that of the mean loss over the key slices of the *global* batch, however many ranks and micro-batches
-it was dealt to, and however unevenly its key slices fell on them. Every rank takes every step: whether it counts is
-decided together.
+it was dealt to, and however unevenly its key slices fell on them; but for what is a ratio over a batch, such as batch
+norm and a Dice over the batch, which micro-batches each have on their own. Every rank takes every step: whether it
+counts is decided together.
 """
 
 import json
@@ -83,7 +84,7 @@ def train_step(run: Run, batches: Sequence[Batch], step: int, rate: float) -> di
 
     Returns:
         This rank's part of the mean losses: their mean over the ranks is that of the global batch. None: the step was
-        left out.
+        left out, or its gradient overflowed float16 and the loss is scaled less from now on.
 
     Raises:
         TrainingDiverged: on every rank, where more steps were not finite than ``loop.allowed_skips``.
@@ -111,6 +112,8 @@ def train_step(run: Run, batches: Sequence[Batch], step: int, rate: float) -> di
     run.scaler.update()
     if fault:
         _leave_out(run, batches, step, sums, fault, before)
+        return None
+    if not math.isfinite(norm.item()):  # the scaler took no step
         return None
     if run.average is not None:
         run.average.update_parameters(run.bare_model)
@@ -146,9 +149,9 @@ def _fault(run: Run, losses: dict[str, Tensor], norm: Tensor) -> str:
         dist.all_reduce(any_loss, dist.ReduceOp.MAX)
     if any_loss.item():
         return "loss" if mine.item() else "loss of another worker"
-    if run.scaler.is_enabled():  # gradients that overflow float16 are its daily business
-        return ""
-    return "" if math.isfinite(norm.item()) else "gradient"
+    # gradients that overflow float16 are the scaler's daily business, until there is nothing left to scale
+    scaled = run.scaler.is_enabled() and run.scaler.get_scale() > 1
+    return "" if scaled or math.isfinite(norm.item()) else "gradient"
 
 
 def _leave_out(
@@ -172,8 +175,9 @@ def _leave_out(
         where = ", ".join(f"{info.series}/{info.z_index}" for batch in batches for info in batch.infos)
         value = sum(value.item() for value in losses.values()) if fault == "loss" else "not finite"
         raise TrainingDiverged(
-            f"step {step}: the {fault} is {value} on series/slice {where} ({file}); lower optim.lr, lengthen "
-            f"optim.warmup_steps, try loop.precision fp32, or leave such steps out (loop.allowed_skips is {allowed})"
+            f"step {step}: the {fault} is {value} on series/slice {where} ({file}); leave such steps out "
+            f"(loop.allowed_skips is {allowed}, and this run may go on with more), or, under a new --name, lower "
+            "optim.lr, lengthen optim.warmup_steps or try loop.precision fp32"
         )
     for buffer, known in zip(run.bare_model.buffers(), before, strict=True):
         buffer.copy_(known)

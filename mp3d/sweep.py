@@ -21,7 +21,7 @@ from mp3d.checkpoint import open_checkpoint
 from mp3d.config import SweepConfig, TrainConfig
 from mp3d.errors import Mp3dError
 from mp3d.launch import check_resources, connect_ray, worker_resources
-from mp3d.run_folder import check_name, claim, claim_name, held
+from mp3d.run_folder import beginning, check_name, claim, claim_name, held, run_identity
 from mp3d.tracking import Tracker, track
 
 
@@ -34,6 +34,7 @@ def run_sweep(sweep: SweepConfig) -> Path:
 
     Raises:
         ConfigError: the sweep's name stands for another one.
+        CheckpointError: ``init_from`` cannot be opened or is of another network.
         ResourceError: not even one trial fits the cluster.
         SweepFailed: every trial failed; the message has the errors.
     """
@@ -46,7 +47,7 @@ def run_sweep(sweep: SweepConfig) -> Path:
     base = sweep.base
     shards = check_inputs(base)
     folder = Path(base.launch.storage_path) / sweep.name
-    identity = {**sweep.model_dump(mode="json"), "base": base.identity(), "shards_digest": shards.digest}
+    identity = {**sweep.model_dump(mode="json"), "base": run_identity(base, shards.digest, beginning(folder, base))}
     check_name(folder, "sweep.json", sweep.name, identity)
     connect_ray()
     resources = worker_resources(base.launch.cpus_per_worker, base.launch.accelerator)

@@ -9,6 +9,7 @@ the end of an epoch goes on exactly as one that was not.
 
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterable
 from dataclasses import asdict, replace
 from functools import partial
@@ -32,8 +33,10 @@ from mp3d.early_stop import BestSoFar
 from mp3d.ema import build_average
 from mp3d.errors import ConfigError, DataError
 from mp3d.evaluation import predict_clips
+from mp3d.failures import explained
 from mp3d.metrics import build_metric
 from mp3d.models import build_model
+from mp3d.models.segmenter import synchronise_dice
 from mp3d.models.sync_batch_norm import synchronise_batch_norm
 from mp3d.models.transfer import check_source, initialise_backbone
 from mp3d.progress import Progress
@@ -58,7 +61,14 @@ def train(config: TrainConfig, session: Session) -> dict[str, float]:
         DataError: the shards cannot be used.
         CheckpointError: ``init_from`` or every checkpoint of the run is damaged, or nothing of ``init_from`` fits.
         TrainingDiverged: a loss was not finite; the message names the batch.
+        ResourceError: memory or disk is full.
+        TrainingStopped: a process that reads clips was lost.
     """
+    with explained(session.run_dir):
+        return _train(config, session)
+
+
+def _train(config: TrainConfig, session: Session) -> dict[str, float]:
     head = config.model.head
     if head.kind == "detection" and head.anchors == "fit":
         raise ConfigError(
@@ -74,6 +84,8 @@ def train(config: TrainConfig, session: Session) -> dict[str, float]:
     validation = ClipDataset(shards, validation_samples(config, shards), config.clip, every_slice=masks)
 
     run = start(config, session, steps_in_epoch(config.loop, len(stream), session.world_size))
+    # of all workers, be some lost: W&B drops what comes at an earlier step than it has seen
+    full_epoch = steps_in_epoch(config.loop, len(stream), config.loop.num_workers)
     best = BestSoFar()
     checkpoint = session.resume()
     if checkpoint:
@@ -99,10 +111,10 @@ def train(config: TrainConfig, session: Session) -> dict[str, float]:
             metrics = train_epoch(run, epoch, steps, training_batches(run, dataset, stream, steps), progress)
             found, score_name = validate(run, validation)
             metrics |= found
-            tracker(metrics, step=steps.stop)
+            tracker(metrics, step=epoch * full_epoch)
             if tracker.pictures:
                 taken = take_snapshots(run.judged_model, validation, tracker.pictures, session.device, run.dtype)
-                tracker.show(taken, step=steps.stop)
+                tracker.show(taken, step=epoch * full_epoch)
             progress.end(metrics)
             best.update(epoch, metrics[score_name])
             session.report(epoch, metrics[score_name], metrics, partial(save, run, epoch, metrics, score_name, best))
@@ -126,28 +138,53 @@ def check_inputs(config: TrainConfig) -> ShardSet:
 
     Raises:
         DataError: the shards, their splits or their truth are not what the head learns from.
-        CheckpointError: ``init_from`` cannot be opened, or is of another network.
         ConfigError: fewer classes than the shards have.
     """
     shards = open_shards(config.shards)
-    training_samples(config, shards)
-    validation_samples(config, shards)
+    _check_kind(shards, config)
+    training, _ = training_samples(config, shards)
+    validation = validation_samples(config, shards)
     head = config.model.head
     if head.num_classes < len(shards.class_names):
         raise ConfigError(
             f"{config.shards} has {len(shards.class_names)} classes, model.head.num_classes is {head.num_classes}"
         )
-    if head.kind == "classification" and head.num_classes == 2:
-        labels = read_image_labels(shards, "val")
-        there = {labels[sample.entry.series][sample.row] for sample in validation_samples(config, shards)}
-        if there != {0, 1}:
+    if head.kind == "classification":
+        _check_classes(shards, "train", training, head.num_classes)
+        there = _check_classes(shards, "val", validation, head.num_classes)
+        if head.num_classes == 2 and len(there) < 2:
             raise DataError(
-                f"the validation samples of {config.shards} are all of class {sorted(map(str, there))}, and the area "
+                f"the validation samples of {config.shards} are all of class {sorted(there)}, and the area "
                 "under the curve needs both; prepare with another split, or raise loop.max_validation_clips"
             )
-    if config.init_from:
-        check_source(open_checkpoint(config.init_from).config.model, config.model)
     return shards
+
+
+def _check_kind(shards: ShardSet, config: TrainConfig) -> None:
+    """Colour pictures and CT are read, windowed and normalised each in its own way."""
+    for_pictures = config.clip.slice_spacing_mm is None and config.clip.block is None
+    if any((entry.spacing_mm is None) != for_pictures for entry in shards.entries):
+        kinds = ("colour pictures", "CT series")
+        there, read = kinds if not for_pictures else kinds[::-1]
+        raise DataError(
+            f"{shards.folder} holds {there}, and the configuration reads {read} (clip.slice_spacing_mm is "
+            f"{config.clip.slice_spacing_mm}); take a recipe for {there}, or other --shards"
+        )
+
+
+def _check_classes(shards: ShardSet, split: str, samples: list[Sample], num_classes: int) -> set[int]:
+    """The classes of samples; each has one."""
+    labels = read_image_labels(shards, split)
+    found = Counter(labels[sample.entry.series][sample.row] for sample in samples)
+    if missing := found.pop(None, 0):
+        raise DataError(
+            f"{missing} of {len(samples)} {split} samples of {shards.folder} have no class for a classifier to learn; "
+            "prepare data with one for each (README, data sets), or take a recipe for detection or segmentation"
+        )
+    there = {label for label in found if label is not None}
+    if strange := sorted(there - set(range(num_classes))):
+        raise ConfigError(f"{shards.folder} has samples of class {strange}; model.head.num_classes is {num_classes}")
+    return there
 
 
 def training_samples(config: TrainConfig, shards: ShardSet) -> tuple[list[Sample], list[Sample]]:
@@ -193,8 +230,10 @@ def start(config: TrainConfig, session: Session, steps_per_epoch: int) -> Run:
     """Model and optimiser of a new run, the same on every rank."""
     torch.manual_seed(config.loop.seed)
     model = build_model(config.model, config.clip).to(session.device)
-    if config.loop.sync_batch_norm and session.world_size > 1:
-        synchronise_batch_norm(model)
+    if session.world_size > 1:
+        synchronise_dice(model)
+        if config.loop.sync_batch_norm:
+            synchronise_batch_norm(model)
     dtype = checked_precision(model, config.clip, resolve_precision(config.loop.precision, session.device))
     if config.loop.compile:
         compile_layers(model)

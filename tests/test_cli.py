@@ -8,7 +8,7 @@ import pytest
 
 from jobs import finetune, pretrain, sweep
 from mp3d import cli
-from mp3d.config import TrainConfig
+from mp3d.config import AugmentConfig, SweepConfig, TrainConfig
 from mp3d.errors import CheckpointError, ConfigError, DataError, ResourceError
 from tests.tiny import ct_shards, detector_config
 
@@ -47,6 +47,29 @@ def test_a_dry_run_prints_the_plan_and_starts_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_the_plan_has_the_rate_of_another_batch_than_the_stated_one(capsys: pytest.CaptureFixture[str]):
+    assert finetune.main(["small_classification", "--dry-run"]) == 0
+    assert "adam, lr 0.002, step" in capsys.readouterr().out
+    assert finetune.main(["small_classification", "--optim.lr-batch", "16", "--dry-run"]) == 0
+    assert "adam, lr 0.002 for 16 clips a step: 0.001 for 4, step" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("preset", [["--augment.preset", "none"], ["--augment.preset=none"]])
+def test_a_preset_on_the_command_line_sets_all_that_is_not_given_beside_it(preset: list[str]):
+    def strong() -> TrainConfig:
+        """Strong."""
+        return detector_config(Path("ct"), Path("runs"), augment__preset="strong")
+
+    given = [*preset, "--augment.horizontal-flip", "0.5", "--augment.image-sizes", "32"]
+    command = cli.parse_recipe([strong], strong, about="", argv=given, build=lambda config: config)
+    assert command.config.augment == AugmentConfig(preset="none", horizontal_flip=0.5, image_sizes=(32,))
+    swept = cli.parse_recipe(
+        [strong], strong, about="", argv=["--base.augment.preset", "flips"],
+        build=lambda config: SweepConfig(name="s", base=config),
+    )  # fmt: skip
+    assert swept.config.base.augment == AugmentConfig(image_sizes=())
+
+
 def test_without_a_recipe_the_default_is_taken_and_named(capsys: pytest.CaptureFixture[str]):
     assert pretrain.main(["--dry-run"]) == 0
     assert "no recipe was named: running 'synthetic_pretrain' on the synthetic world" in capsys.readouterr().out
@@ -71,6 +94,19 @@ def test_a_run_from_the_command_line(
     said = capsys.readouterr().out
     assert "best checkpoint: " in said
     assert f"next: python jobs/x.py {tmp_path / 'runs' / 'detector'}" in said
+
+
+def test_what_is_wrong_is_told_before_the_cost_is_worked_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def told_late(config: TrainConfig) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(cli, "cost_plan", told_late)
+    config = detector_config(tmp_path / "nowhere", tmp_path / "runs")
+    with pytest.raises(DataError, match=r"run jobs/prepare\.py"):
+        cli.train_command(cli.Command(config, dry_run=False, default_recipe=False), "jobs/x.py {run}")
+    config = detector_config(ct_shards(tmp_path / "ct"), tmp_path / "runs", init_from=str(tmp_path / "gone"))
+    with pytest.raises(CheckpointError, match="neither a checkpoint"):
+        cli.train_command(cli.Command(config, dry_run=False, default_recipe=False), "jobs/x.py {run}")
 
 
 @pytest.mark.parametrize(

@@ -128,9 +128,38 @@ def test_scaled_losses_make_the_same_step_and_an_overflow_makes_none(pictures: P
     assert any(not torch.equal(one, old) for one, old in zip(scaled.model.parameters(), before, strict=True))
     scaled.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)
     before = [parameter.detach().clone() for parameter in scaled.model.parameters()]
-    assert train_step(scaled, batches, 1, config.optim.lr) is not None
+    assert train_step(scaled, batches, 1, config.optim.lr) is None
     assert all(torch.equal(one, old) for one, old in zip(scaled.model.parameters(), before, strict=True))
     assert (scaled.skipped, scaled.scaler.get_scale()) == (0, 2.0**126)
+
+
+class NaNGradient(torch.autograd.Function):
+    """Passes a finite value on, whose gradient is not finite."""
+
+    @staticmethod
+    def forward(ctx, value: torch.Tensor) -> torch.Tensor:
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx, *gradients: torch.Tensor) -> torch.Tensor:
+        return gradients[0] * float("nan")
+
+
+def test_a_gradient_that_no_scale_makes_finite_stops_the_run(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    run, batches = prepared(classifier_config(pictures, tmp_path, loop__ema_decay=0.9))
+    run.scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    finite = run.model.forward
+    monkeypatch.setattr(
+        run.model, "forward", lambda *a, **k: {n: NaNGradient.apply(v) for n, v in finite(*a, **k).items()}
+    )
+    assert [train_step(run, batches, step, 1e-3) for step in range(2)] == [None, None]
+    assert (run.skipped, run.scaler.get_scale()) == (0, 1.0)
+    assert run.average is not None
+    assert run.average.n_averaged == 0
+    with pytest.raises(TrainingDiverged, match="step 2: the gradient is not finite"):
+        train_step(run, batches, 2, 1e-3)
 
 
 def test_accumulated_batches_have_the_gradient_of_one(pictures: Path, tmp_path: Path):
@@ -258,10 +287,14 @@ def test_more_such_steps_than_allowed_stop_the_run(pictures: Path, tmp_path: Pat
     NaNOnce.bad = (1, 3)
     config = classifier_config(pictures, tmp_path, loop__allowed_skips=1, loop__steps_per_epoch=4)
     with pytest.raises(
-        TrainingDiverged, match=r"step 2: the loss is nan.*step_00000002_rank_0.json.*allowed_skips is 1"
+        TrainingDiverged,
+        match=r"step 2: the loss is nan.*step_00000002_rank_0.json.*allowed_skips is 1, .* under a new --name, lower",
     ):
         run_training(config)
     assert len(list((tmp_path / config.name / NONFINITE).iterdir())) == 2
+    NaNOnce.calls = 0
+    run = run_training(config.override({"loop.allowed_skips": 2}))
+    assert open_checkpoint(run).trainer_state().values["skipped"] == 2
 
 
 def test_rates_scale_with_the_batch():

@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from mp3d.config import ClassificationHead, DetectionHead, SegmentationHead, TrainConfig
 from mp3d.models import ClipSegmenter, LesionDetector, build_model
 from mp3d.recipes import FINETUNE, PRETRAIN, Recipe
+from mp3d.schedule import scaled_to_batch
 
 RECIPES = PRETRAIN + FINETUNE
 LARGE = [recipe for recipe in RECIPES if not recipe.__name__.startswith(("synthetic_", "small_"))]
@@ -35,7 +36,7 @@ CLIPS_PER_EPOCH = {
 """Training pictures, key slices and nodules of the published data sets; the liver recipes count their steps."""
 
 
-@pytest.mark.parametrize("recipe", LARGE, ids=lambda recipe: recipe.__name__)
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.__name__)
 def test_a_docstring_says_what_it_needs_costs_and_scores(recipe: Recipe):
     lines = [line.strip() for line in (recipe.__doc__ or "").splitlines()]
     named = {
@@ -46,6 +47,9 @@ def test_a_docstring_says_what_it_needs_costs_and_scores(recipe: Recipe):
     if re.search(r"\d\d\.\d", expected):
         assert re.search(r"published|authors' log|unverified", expected), "a score comes with where it is from"
     assert any(line.startswith("python jobs/") for line in lines)
+    if recipe not in LARGE:
+        assert named["Cost"].endswith(" on two CPU cores.")
+        return
     said = re.search(r"Cost: ([\d.,]+) PFLOP", named["Cost"])
     assert said is not None
     assert float(said[1].replace(",", "")) == pytest.approx(petaflops(recipe()), rel=0.05)
@@ -72,6 +76,12 @@ def petaflops(config: TrainConfig) -> float:
 
 def test_names_are_unique():
     assert len({recipe().name for recipe in RECIPES}) == len(RECIPES)
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.__name__)
+def test_a_recipe_trains_at_the_rate_that_it_states(recipe: Recipe):
+    config = recipe()
+    assert scaled_to_batch(config.optim, config.loop.step_clips * config.loop.num_workers) == config.optim
 
 
 @pytest.mark.parametrize("recipe", PRETRAIN, ids=lambda recipe: recipe.__name__)

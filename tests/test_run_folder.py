@@ -133,6 +133,26 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path):
         resume_point(tmp_path / "run")
 
 
+def test_a_run_never_stands_for_a_swapped_checkpoint(tmp_path: Path):
+    """Whoever evaluates, serves or starts from a run is told, as who resumes it."""
+    run = tmp_path / "run"
+    claim(run, CONFIG, "digest")
+    first, second = commit(run, 1), commit(run, 2)
+    commit(run, 3, CONFIG.override({"loop.seed": 7}))
+    with pytest.warns(UserWarning, match=r"epoch_0003 is of another run \(loop\.seed was 0, is 7\): it was swapped"):
+        assert open_checkpoint(run).path == second
+    first.rename(run / "aside")
+    second.rename(first)
+    with (
+        pytest.warns(UserWarning, match="it was swapped"),
+        pytest.raises(CheckpointError, match=r"epoch_0001 holds the checkpoint of epoch 2: it was swapped"),
+    ):
+        open_checkpoint(run)
+    with pytest.raises(CheckpointError, match="epoch 2: it was swapped"):
+        open_checkpoint(first)
+    assert open_checkpoint(first.rename(tmp_path / "a copy elsewhere")).epoch == 2
+
+
 def test_what_was_set_aside_stays(tmp_path: Path):
     commit(tmp_path, 1)
     for _ in range(3):

@@ -1,5 +1,6 @@
 """What a run reads, by the index of the shards."""
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -11,7 +12,14 @@ from hypothesis import strategies as st
 from mp3d.config import ClipConfig
 from mp3d.data.blocks import read_block
 from mp3d.data.prepare import prepare
-from mp3d.data.samples import Sample, classified_samples, masked_samples, spread, tile_samples
+from mp3d.data.samples import (
+    Sample,
+    annotated_samples,
+    classified_samples,
+    masked_samples,
+    spread,
+    tile_samples,
+)
 from mp3d.data.series import CTSeries, Truth, Volume
 from mp3d.data.shard import SeriesEntry, ShardSet, open_shards
 from mp3d.data.source import Item, Source
@@ -52,6 +60,20 @@ def test_one_block_in_the_middle_of_each_series(numbered: ShardSet):
     positives, spare = masked_samples(numbered, "train", CENTRE, negatives=1.0)
     assert [sample.row for sample in positives] == [4]
     assert spare == []
+
+
+def test_negatives_that_nobody_looked_for_are_refused(tmp_path: Path):
+    """As on DeepLesion, where nothing is known of the slices between the key slices."""
+    shards = open_shards(ct_shards(tmp_path / "ct", patients=4))
+    assert annotated_samples(shards, "train", negatives=1.0)[1]
+    keys_alone = tuple(
+        replace(entry, boxes_per_row=tuple(count or None for count in entry.boxes_per_row or ()))
+        for entry in shards.entries
+    )
+    unsearched = replace(shards, entries=keys_alone)
+    assert annotated_samples(unsearched, "train")[1] == []
+    with pytest.raises(DataError, match=r"loop\.negatives is 0\.5, and split 'train' .* set loop\.negatives to 0"):
+        annotated_samples(unsearched, "train", negatives=0.5)
 
 
 def test_tiles_show_every_voxel(numbered: ShardSet):

@@ -8,17 +8,22 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 import pytest
+import torch
 import wandb
 from PIL import Image
 
 from mp3d.checkpoint import open_checkpoint
 from mp3d.config import Config, TrackingConfig, TrainConfig
-from mp3d.tracking import CONFIG_FIELDS, allowed_config, allowed_metrics, track, track_report, tracking_mode
-from tests.tiny import ct_shards
+from mp3d.session import PlainSession
+from mp3d.tracking import CONFIG_FIELDS, Tracker, allowed_config, allowed_metrics, track, track_report, tracking_mode
+from mp3d.train import train
+from tests.tiny import ct_shards, detector_config
 from tests.wandb_server import WandbServer
 
 CANARY = "CANARY-doe-jane-1970"
@@ -121,6 +126,25 @@ def test_a_run_sends_what_is_allowed_and_a_resumed_one_goes_on_in_it(server: Wan
     forbidden = [socket.gethostname(), getpass.getuser(), str(tmp_path), str(ct), "watched_run", "python -m"]
     everything = b"".join(server.bodies)
     assert [word for word in forbidden if len(word) > 4 and word.encode() in everything] == []
+
+
+def test_an_epoch_has_the_same_step_however_many_workers_are_left(
+    ct: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """W&B drops what comes at a lower step than the last one, as after an epoch of fewer workers, which has more."""
+    steps = []
+
+    class Told(Tracker):
+        def __call__(self, metrics: Mapping[str, float], step: int) -> None:
+            steps.append(step)
+
+    monkeypatch.setattr("mp3d.train.track", lambda *args: nullcontext(Told()))
+    config = detector_config(
+        ct, tmp_path, loop__num_workers=2, loop__min_workers=1, loop__batch_size=1, loop__steps_per_epoch=2
+    )
+    session = PlainSession(tmp_path / "run", keep=1, device=torch.device("cpu"))
+    train(config, session)  # one worker of two, in twice as many steps
+    assert steps == [2, 4]
 
 
 @pytest.mark.acceptance

@@ -1,22 +1,29 @@
 """The loop on tiny data: it learns, it resumes to the bit, it refuses what it cannot use."""
 
+import errno
 import json
+import os
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
 import torch
 
 from mp3d.checkpoint import open_checkpoint
+from mp3d.config import ClassificationHead
+from mp3d.data.batches import ClipDataset
 from mp3d.data.shard import write_manifest
-from mp3d.errors import CheckpointError, ConfigError, DataError, ResourceError
+from mp3d.data.stream import Place
+from mp3d.errors import CheckpointError, ConfigError, DataError, Mp3dError, ResourceError, TrainingStopped
+from mp3d.failures import explained
 from mp3d.launch import run_training
 from mp3d.run_folder import read_metrics
 from mp3d.session import PlainSession
 from mp3d.step import TrainingDiverged
 from mp3d.train import check_inputs, train
 from tests.gloo_workers import train_on_gloo
-from tests.tiny import classifier_config, ct_shards, detector_config, picture_shards
+from tests.tiny import ball_config, classifier_config, ct_shards, detector_config, picture_shards
 
 
 @pytest.fixture(scope="module")
@@ -127,6 +134,25 @@ def test_a_classifier_learns_and_its_backbone_starts_a_detector(
     torch.testing.assert_close(moved[ours], source[name], atol=1e-6, rtol=0)
 
 
+def test_another_beginning_under_the_same_path_is_refused_and_none_is_needed_later(ct: Path, tmp_path: Path):
+    short = {"loop__epochs": 1, "loop__steps_per_epoch": 1}
+    first = run_training(detector_config(ct, tmp_path, "first", **short))
+    config = detector_config(ct, tmp_path, init_from=str(first), **short)
+    run = run_training(config)
+    digest = open_checkpoint(first).digest
+    expected = weights(run, 1)
+    shutil.rmtree(first)
+    assert run_training(config) == run, "it has begun and needs no beginning"
+    run_training(detector_config(ct, tmp_path, "first", loop__seed=1, **short))
+    shutil.rmtree(run / "epoch_0001")
+    with pytest.raises(ConfigError, match=rf"init_digest was '{digest}', is"):
+        run_training(config)
+    shutil.rmtree(first)
+    run_training(detector_config(ct, tmp_path, "first", **short))
+    run_training(config)
+    assert all(torch.equal(value, expected[name]) for name, value in weights(run, 1).items())
+
+
 def test_frozen_stages_do_not_move(ct: Path, tmp_path: Path):
     run = run_training(detector_config(ct, tmp_path, loop__epochs=2, loop__steps_per_epoch=1, model__frozen_stages=1))
     first, last = weights(run, 1), weights(run, 2)
@@ -157,16 +183,25 @@ def test_every_checkpoint_damaged_is_refused(ct: Path, tmp_path: Path):
     ("changes", "error", "message"),
     [
         ({"shards": "nowhere"}, DataError, "run jobs/prepare.py"),
+        ({"clip.slice_spacing_mm": None}, DataError, "holds CT series, and the configuration reads colour pictures"),
+        ({"shards": "pictures"}, DataError, "holds colour pictures, and the configuration reads CT"),
         ({"init_from": "nowhere"}, CheckpointError, "neither a checkpoint"),
-        ({"model.head": {"kind": "classification", "num_classes": 1}, "clip.num_slices": 3}, ConfigError, "2 classes"),
+        (
+            {"shards": "pictures", "model.head": {"kind": "classification", "num_classes": 1}, "clip.num_slices": 3}
+            | {"clip.slice_spacing_mm": None},
+            ConfigError,
+            "2 classes",
+        ),
     ],
 )
 def test_unusable_inputs_are_refused_before_anything_starts(
     ct: Path, pictures: Path, tmp_path: Path, changes: dict, error: type[Exception], message: str
 ):
-    shards = pictures if "model.head" in changes else ct
+    if changes.get("shards") == "pictures":
+        changes = changes | {"shards": str(pictures)}
     with pytest.raises(error, match=message):
-        check_inputs(detector_config(shards, tmp_path).override(changes))
+        run_training(detector_config(ct, tmp_path).override(changes))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_empty_data_set_is_refused_before_the_run_exists(ct: Path, tmp_path: Path):
@@ -200,17 +235,68 @@ def test_three_workers_go_on_to_the_same_weights(ct: Path, tmp_path: Path):
     assert [name for name in expected if not torch.equal(expected[name], got[name])] == []
 
 
+@pytest.mark.parametrize("num_classes", [2, 3])
+def test_shards_without_classes_cannot_train_a_classifier(ct: Path, tmp_path: Path, num_classes: int):
+    head = ClassificationHead(num_classes=num_classes)
+    with pytest.raises(DataError, match=r"4 of 4 train samples of .* have no class for a classifier to learn"):
+        check_inputs(ball_config(ct, tmp_path, head))
+
+
+@pytest.mark.parametrize(
+    ("raised", "kind", "message"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried 2 GiB."), ResourceError, r"loop\.batch_size.*accumulate"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: 9"), ResourceError, r"loop\.batch_size"),
+        (OSError(errno.ENOSPC, "No space left", "/runs/a/transfer.json"), ResourceError, r"transfer\.json cannot be"),
+        (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."), TrainingStopped, "loader_workers"),
+        (RuntimeError("Caught KeyError in DataLoader worker process 0."), RuntimeError, "Caught KeyError"),
+        (FileNotFoundError(errno.ENOENT, "No such file"), FileNotFoundError, "No such file"),
+    ],
+)
+def test_what_is_no_defect_is_told_as_an_error_of_ours(
+    raised: Exception, kind: type[Exception], message: str, tmp_path: Path
+):
+    with pytest.raises(kind, match=message) as told, explained(tmp_path):
+        raise raised
+    assert isinstance(told.value, Mp3dError) == (kind in (ResourceError, TrainingStopped))
+
+
+def test_a_full_disk_beside_the_checkpoints_is_told(ct: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    pretrained = run_training(detector_config(ct, tmp_path, "first", loop__epochs=1, loop__steps_per_epoch=1))
+    write_text = Path.write_text
+
+    def full(path: Path, content: str, **options: str) -> int:
+        if path.name == "transfer.json":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        return write_text(path, content, **options)
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(ResourceError, match=r"transfer\.json cannot be written \(No space left on device\); make room"):
+        run_training(detector_config(ct, tmp_path, init_from=str(pretrained)))
+
+
+def test_a_killed_process_that_reads_is_told(ct: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def die(dataset: ClipDataset, place: Place) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setattr(ClipDataset, "__getitem__", die)
+    with pytest.raises(TrainingStopped, match="a process that reads clips was lost"):
+        run_training(detector_config(ct, tmp_path, launch__loader_workers=1))
+
+
 def test_shards_without_boxes_cannot_train_a_detector(pictures: Path, tmp_path: Path):
+    planes = {"clip.num_slices": 3, "clip.slice_spacing_mm": None}
     with pytest.raises(DataError, match="no slice with a box"):
-        check_inputs(detector_config(pictures, tmp_path))
+        check_inputs(detector_config(pictures, tmp_path).override(planes))
 
 
-def test_altered_shards_stop_the_run_with_the_file_named(ct: Path, tmp_path: Path):
+@pytest.mark.parametrize("loader_workers", [0, 1])
+def test_altered_shards_stop_the_run_with_the_file_named(ct: Path, tmp_path: Path, loader_workers: int):
     copy = tmp_path / "shards"
     shutil.copytree(ct, copy)
     for part in copy.glob("part-*.parquet"):
         content = bytearray(part.read_bytes())
         content[len(content) // 3] ^= 0xFF
         part.write_bytes(content)
-    with pytest.raises(DataError, match=r"part-\d+\.parquet"):
-        run_training(detector_config(copy, tmp_path))
+    with pytest.raises(DataError, match=rf"^{copy}/part-\d+\.parquet[^\n]*$"):
+        run_training(detector_config(copy, tmp_path, launch__loader_workers=loader_workers))

@@ -46,6 +46,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[dict[str, An
         "classes, batch norm": dealt(classes.override(normalised), 8),
         "masks": dealt(masks, 4),
         "masks, batch norm": dealt(masks.override(normalised), 4),
+        "masks, a Dice over the batch": dealt(masks.override({"model.head.dice_over": "batch"}), 4),
     }
     whole = slabs.override(
         {
@@ -76,7 +77,7 @@ def test_a_whole_run_ends_with_the_same_weights_on_both(results: list[tuple[dict
     "case",
     [
         "windows", "slabs, accumulated", "classes, accumulated", "classes, batch norm", "masks",
-        "masks, batch norm",
+        "masks, batch norm", "masks, a Dice over the batch",
     ],
 )  # fmt: skip
 def test_two_workers_have_the_gradient_of_one(found: list[dict[str, Any]], case: str):

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mp3d.config import UNKNOWN, AugmentConfig
+from mp3d.config import UNKNOWN, AugmentConfig, TrainConfig
 from mp3d.data.augment import MIN_VISIBLE, augment, augment_block, other_intensities, random_resized_crop
 from mp3d.data.view import View, draw_view, viewed, viewed_boxes
 from mp3d.sample import Clip, Target
@@ -170,3 +170,12 @@ def test_a_preset_is_what_it_sets_and_given_values_win():
     assert AugmentConfig(preset="flips") == AugmentConfig()
     assert AugmentConfig(preset="none").horizontal_flip == 0
     assert AugmentConfig().override({"preset": "light"}).zoom == (0.9, 1.1)
+    assert AugmentConfig(preset="none", horizontal_flip=0.5).horizontal_flip == 0.5
+
+
+def test_a_preset_sets_all_its_fields_whatever_stood_there():
+    run = TrainConfig(name="a", shards="s", augment=STRONG).override({"augment.brightness": 0.2})
+    changed = run.override({"augment.z_flip": 0.25, "augment.preset": "none", "augment.noise": 0.02})
+    assert changed.augment == AugmentConfig(preset="none", z_flip=0.25, noise=0.02, image_sizes=())
+    assert run.override({"augment.preset": "flips"}).augment == AugmentConfig(image_sizes=())
+    assert run.override({"augment.preset": None}) == run

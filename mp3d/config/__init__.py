@@ -125,7 +125,7 @@ class OptimConfig(Config):
 
 
 class LoopConfig(Config):
-    """How long and on what grain; everything here changes the trained weights."""
+    """How long and on what grain; everything here but ``allowed_skips`` changes the trained weights."""
 
     epochs: PositiveInt = 24
     batch_size: PositiveInt = 2
@@ -160,8 +160,8 @@ class LoopConfig(Config):
     patience: PositiveInt | None = None
     """Epochs without a better score after which the run stops; None: it never does."""
     allowed_skips: NonNegativeInt = 0
-    """Steps of the whole run that may be left out because a loss or gradient is not finite. The next one stops the run;
-    the folder ``nonfinite`` names the slices of each.
+    """Steps of the whole run that may be left out because a loss or gradient is not finite. The next one stops the run,
+    which may be resumed with more; the folder ``nonfinite`` names the slices of each.
     """
     sync_batch_norm: bool = False
     """Statistics of ``bn`` over the batches of all workers (the authors' segmentation recipes); else each has its own.
@@ -251,8 +251,10 @@ class TrainConfig(Config):
         return self
 
     def identity(self) -> dict[str, Any]:
-        """What must be equal for a run to be resumed: everything but where it runs and who watches."""
-        return self.model_dump(mode="json", exclude={"launch", "tracking"})
+        """What must be equal for a run to be resumed: everything but where it runs, who watches, and how many steps may
+        fail.
+        """
+        return self.model_dump(mode="json", exclude={"launch": True, "tracking": True, "loop": {"allowed_skips"}})
 
 
 class ServeConfig(Config):

@@ -19,7 +19,7 @@ class ClipConfig(Config):
     A detector trained on slabs can be run over a whole series at once.
     """
     slice_spacing_mm: PositiveFloat | None = 2.5
-    """Spacing of the clip along z; None takes the slices as they are stored, as for the planes of a picture."""
+    """Spacing of the clip along z. None: the planes of a colour picture; of a block, slices as they are stored."""
     interpolation: Literal["exact", "authors"] = "exact"
     """Where neighbours lie that fall between stored slices: at their own place; or where the authors' loader puts them,
     which reuses the first neighbour's weights for all and is off by up to 1.5 mm (0 at 1, 2.5 and 5 mm spacing).
@@ -69,10 +69,13 @@ PRESETS: dict[str, dict[str, Any]] = {
         "horizontal_flip": 0.0, "z_flip": 0.0, "rotation_deg": 0.0, "zoom": (1.0, 1.0), "contrast": (1.0, 1.0),
         "brightness": 0.0, "noise": 0.0,
     },
-    "flips": {"horizontal_flip": 0.5, "z_flip": 0.5},
+    "flips": {
+        "horizontal_flip": 0.5, "z_flip": 0.5, "rotation_deg": 0.0, "zoom": (1.0, 1.0), "contrast": (1.0, 1.0),
+        "brightness": 0.0, "noise": 0.0,
+    },
     "light": {
         "horizontal_flip": 0.5, "z_flip": 0.5, "rotation_deg": 5.0, "zoom": (0.9, 1.1), "contrast": (0.95, 1.05),
-        "brightness": 0.02,
+        "brightness": 0.02, "noise": 0.0,
     },
     "strong": {
         "horizontal_flip": 0.5, "z_flip": 0.5, "rotation_deg": 15.0, "zoom": (0.75, 1.33), "contrast": (0.85, 1.15),
@@ -87,9 +90,10 @@ are; a detector of them is to know them so.
 class AugmentConfig(Config):
     """Random changes of a training clip; all zero switches them off."""
 
+    SETS = {"preset": frozenset(PRESETS["none"])}
     preset: Literal["none", "flips", "light", "strong"] | None = None
-    """Sets flips, rotation_deg, zoom, contrast, brightness and noise at once, those that stand at their defaults; what
-    it set is what the configuration then holds.
+    """Sets flips, rotation_deg, zoom, contrast, brightness and noise at once, but those that are given with it; what it
+    set is what the configuration then holds.
     """
     horizontal_flip: Fraction = 0.5
     """Probability of mirroring left and right."""
@@ -123,13 +127,7 @@ class AugmentConfig(Config):
     def _set(cls, given: Any) -> Any:
         if not isinstance(given, dict) or given.get("preset") not in PRESETS:
             return given
-        values = {name: value for name, value in given.items() if name != "preset"}
-        for name, value in PRESETS[given["preset"]].items():
-            default = cls.model_fields[name].default
-            stands = values.get(name, default)
-            if (tuple(stands) if isinstance(stands, list) else stands) == default:
-                values[name] = value
-        return values
+        return PRESETS[given["preset"]] | {name: value for name, value in given.items() if name != "preset"}
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -96,7 +96,9 @@ class SegmentationHead(Config):
     dice_smooth: PositiveFloat = 1e-3
     """Added to both sides of the fraction."""
     dice_over: Literal["clip", "batch"] = "clip"
-    """Whose pixels one Dice is taken over."""
+    """Whose pixels one Dice is taken over; batch: those of the clips that all workers read at once. The gradient of
+    accumulated batches then is the mean of theirs, not that of one large batch.
+    """
     dice_background: bool = False
     """The background is a class of the Dice too."""
     loss: Literal["mended", "lits_authors", "lidc_authors"] = "mended"

@@ -16,7 +16,7 @@ from mp3d.data.clips import MOSTLY_SLICE, resample_z, stored_slices, window_posi
 from mp3d.data.samples import Sample
 from mp3d.data.shard import Row, SeriesEntry, ShardSet, decode_image, decode_truth
 from mp3d.data.stream import Place, Stream
-from mp3d.errors import DataError
+from mp3d.errors import DataError, Mp3dError, as_json, from_json
 from mp3d.sample import Clip, Target
 
 
@@ -157,14 +157,14 @@ def training_loader(
     rank: int,
     world_size: int,
     workers: int,
-) -> DataLoader:
+) -> Iterator[Batch]:
     """Batches of one rank for a range of global steps; where gradients of several batches are summed, each counts as
     one.
 
     The clips of a global step are the same however they are dealt to ranks.
     """
     places = [[stream.place((step * world_size + rank) * batch_size + i) for i in range(batch_size)] for step in steps]
-    return DataLoader(dataset, batch_sampler=places, collate_fn=collate, num_workers=workers, persistent_workers=False)
+    return _read_batches(dataset, places, workers)
 
 
 def batched(batches: Iterable[Batch], number: int) -> Iterator[list[Batch]]:
@@ -176,11 +176,33 @@ def batched(batches: Iterable[Batch], number: int) -> Iterator[list[Batch]]:
 
 def evaluation_batches(
     dataset: ClipDataset, *, batch_size: int, rank: int = 0, world_size: int = 1, workers: int = 0
-) -> DataLoader:
+) -> Iterator[Batch]:
     """Every sample once, in order, dealt to the ranks; without augmentation."""
     mine = range(rank, len(dataset), world_size)
     places = [[Place(i, i) for i in mine[start : start + batch_size]] for start in range(0, len(mine), batch_size)]
-    return DataLoader(dataset, batch_sampler=places, collate_fn=collate, num_workers=workers)
+    return _read_batches(dataset, places, workers)
+
+
+def _read_batches(dataset: ClipDataset, places: list[list[Place]], workers: int) -> Iterator[Batch]:
+    for batch in DataLoader(_Reader(dataset), sampler=places, batch_size=None, num_workers=workers):
+        if isinstance(batch, str):
+            raise from_json(batch)
+        yield batch
+
+
+class _Reader(Dataset):
+    """What a process that reads does: the batch of some places, or an error of ours as text, in whose place PyTorch
+    would put a traceback.
+    """
+
+    def __init__(self, dataset: ClipDataset) -> None:
+        self.dataset = dataset
+
+    def __getitem__(self, places: list[Place]) -> Batch | str:
+        try:
+            return collate([self.dataset[place] for place in places])
+        except Mp3dError as error:
+            return as_json(error)
 
 
 def collate(parts: list[tuple[Clip, list[Target], list[SliceInfo]]]) -> Batch:

@@ -33,13 +33,18 @@ def annotated_samples(shards: ShardSet, split: str, negatives: float = 0.0) -> t
     """Key slices with boxes, and those without that may stand beside them (none where ``negatives`` is 0).
 
     Raises:
-        DataError: no slice of the split has a box.
+        DataError: no slice of the split has a box; or negatives are asked for, and none was searched in vain.
     """
     entries = shards.split(split)
     positives = [Sample(entry, row) for entry in entries for row in entry.rows_with_boxes()]
     if not positives:
         raise DataError(f"split {split!r} of {shards.folder} has no slice with a box; nothing to detect")
     spare = [Sample(entry, row) for entry in entries for row in entry.rows_without_boxes()] if negatives else []
+    if negatives and not spare:
+        raise DataError(
+            f"loop.negatives is {negatives:g}, and split {split!r} of {shards.folder} has no slice that was searched "
+            "and holds nothing, as in DeepLesion, where only key slices were looked at; set loop.negatives to 0"
+        )
     return positives, spare
 
 

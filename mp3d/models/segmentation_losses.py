@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from mp3d.config import UNKNOWN, SegmentationHead
+from mp3d.models.sync_batch_norm import summed_over_workers
 
 AUTHORS_LIDC_WEIGHTS = (1.0, 0.5)
 """Of cross-entropy and Dice: the default of a function that never gets the configured ones."""
@@ -21,6 +22,8 @@ def mask_losses(
     masks: Int64[Tensor, "k h w"],
     head: SegmentationHead,
     keys_per_clip: Sequence[int],
+    *,
+    over_workers: bool = False,
 ) -> dict[str, Tensor]:
     """``loss_cross_entropy`` and ``loss_dice``, weighted; a clip of which no pixel is known adds 0.
 
@@ -28,6 +31,7 @@ def mask_losses(
         logits: float32, one map per key slice in clip order, the background first.
         masks: classes, or ``UNKNOWN``.
         keys_per_clip: key slices of each clip.
+        over_workers: a Dice over the batch is one over the batches of all workers, all of which compute it.
     """
     known = masks != UNKNOWN
     truth = F.one_hot(masks.where(known, torch.zeros_like(masks)), logits.shape[1]).movedim(-1, 1).to(logits.dtype)
@@ -39,7 +43,7 @@ def mask_losses(
         )
     else:
         cross_entropy = _mean(-(F.log_softmax(logits, dim=1) * truth).sum(1), known, keys_per_clip)
-    dice = 1 - soft_dice(logits.softmax(1), truth, known, head, keys_per_clip)
+    dice = 1 - soft_dice(logits.softmax(1), truth, known, head, keys_per_clip, over_workers=over_workers)
     return {"loss_cross_entropy": weights[0] * cross_entropy, "loss_dice": weights[1] * dice}
 
 
@@ -49,6 +53,8 @@ def soft_dice(
     known: Bool[Tensor, "k h w"],
     head: SegmentationHead,
     keys_per_clip: Sequence[int],
+    *,
+    over_workers: bool = False,
 ) -> Float[Tensor, ""]:
     """Mean over clips (or the one batch) and classes of twice the intersection over the sum of both."""
     counted = known.unsqueeze(1)
@@ -58,6 +64,8 @@ def soft_dice(
     intersection, both = (
         torch.stack([part.sum(0) for part in per_slice.split(groups)]) for per_slice in (intersection, both)
     )
+    if over_workers and head.dice_over == "batch":  # a ratio of sums: the mean of the workers' ratios is another one
+        intersection, both = summed_over_workers(torch.stack([intersection, both]))
     if not head.dice_background:
         intersection, both = intersection[:, 1:], both[:, 1:]
     if head.loss == "lits_authors":

@@ -90,12 +90,21 @@ class FCNDecoder(nn.Module):
         return self.convs(x)
 
 
+def synchronise_dice(model: nn.Module) -> None:
+    """Have a Dice over the batch taken over the batches of all workers."""
+    if isinstance(model, ClipSegmenter):
+        model.over_workers = True
+
+
 class ClipSegmenter(nn.Module):
     """Says for every pixel of the key slices of clips which class it is of.
 
     Args:
         model: its head is a :class:`SegmentationHead`.
     """
+
+    over_workers = False
+    """See :func:`synchronise_dice`."""
 
     def __init__(self, model: ModelConfig, clip: ClipConfig) -> None:
         super().__init__()
@@ -132,7 +141,8 @@ class ClipSegmenter(nn.Module):
         if targets is None:
             raise ValueError("targets is None; training needs one target per key slice")
         masks = self._masks(targets, batch)
-        return mask_losses(logits, masks, self.head, [len(keys) for keys in batch.key_slices])
+        keys_per_clip = [len(keys) for keys in batch.key_slices]
+        return mask_losses(logits, masks, self.head, keys_per_clip, over_workers=self.over_workers)
 
     def key_slice_logits(self, batch: ClipBatch) -> Float[Tensor, "k c h w"]:
         """Float32, of the key slices in clip order."""

@@ -25,6 +25,11 @@ class _OverWorkers(torch.autograd.Function):
         return total
 
 
+def summed_over_workers(value: Tensor) -> Tensor:
+    """The sum over all workers, with its gradient; every worker has to ask for it, and for a tensor of one shape."""
+    return _OverWorkers.apply(value)
+
+
 class SyncBatchNorm2d(nn.BatchNorm2d):
     """Statistics of every slice of every worker in training; the state is that of the batch norm that it replaces."""
 
@@ -34,9 +39,9 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
         values = input.float() if input.dtype in (torch.float16, torch.bfloat16) else input
         count = values.new_tensor(values.numel() / values.shape[1])
         dist.all_reduce(count)
-        mean = _OverWorkers.apply(values.sum((0, 2, 3))) / count
+        mean = summed_over_workers(values.sum((0, 2, 3))) / count
         # around the common mean, so that nothing is lost to a difference of large numbers
-        variance = _OverWorkers.apply((values - mean[:, None, None]).square().sum((0, 2, 3))) / count
+        variance = summed_over_workers((values - mean[:, None, None]).square().sum((0, 2, 3))) / count
         self._remember(mean.detach(), variance.detach() * (count / (count - 1).clamp(min=1)))
         scale = torch.rsqrt(variance + self.eps) * self.weight
         return torch.addcmul((self.bias - mean * scale)[:, None, None], values, scale[:, None, None]).to(input.dtype)

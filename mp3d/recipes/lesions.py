@@ -96,7 +96,7 @@ def deeplesion_p3d18ba_paper() -> TrainConfig:
     """VDT on DeepLesion as its authors released it, with the backbone that pools z away (CSPR
     ``faster_rcnn_p3d18ba_3dpfn9_as16_minms512_lesion_zflip_freeze0_fp16_optrange_fromcoco_2x.py``).
 
-    python jobs/finetune.py deeplesion_p3d18ba_paper --shards /data/deeplesion --init-from /runs/mp3d18ba_coco
+    python jobs/finetune.py deeplesion_p3d18ba_paper --shards /data/deeplesion --init-from /runs/vdt_coco_mp3d18ba
     Data: as ``deeplesion_mp3d63_paper``.
     Cost: 228 PFLOP (0.2 h of an H200 at 40 % of its bf16 peak).
     Expected: 2.09 % better than from random weights (published, the measure is not named); no absolute score.

@@ -98,7 +98,7 @@ def vdt_coco_mp3d63() -> TrainConfig:
     """VDT by boxes: MP3D-63 as a detector on COCO, horizontal flips, sides of 384 to 640 pixels.
 
     The authors released no recipe; learning rate, batch, epochs and head are those of theirs for DeepLesion, anchors
-    those of MMDetection for COCO.
+    those of MMDetection for COCO. That planes are shuffled is known of their recipe for ImageNet only.
 
     python jobs/pretrain.py vdt_coco_mp3d63 --shards /data/coco
     Data: COCO 2017, 118 thousand pictures.
