@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mp3d.config import ClassificationHead, DetectionHead, SegmentationHead, TrainConfig
 from mp3d.models import ClipSegmenter, LesionDetector, build_model
+from mp3d.models.faster_rcnn import ROI_SIZE
 from mp3d.recipes import FINETUNE, PRETRAIN, Recipe
 from mp3d.schedule import scaled_to_batch
 
@@ -56,7 +57,7 @@ def test_a_docstring_says_what_it_needs_costs_and_scores(recipe: Recipe):
 
 
 def petaflops(config: TrainConfig) -> float:
-    """Of all convolutions of the whole run, backward as twice forward; counted by torch on the meta device."""
+    """Of all layers with weights in the whole run, backward as twice forward; counted by torch on the meta device."""
     with torch.device("meta"):
         model = build_model(config.model, config.clip)
         sizes = config.augment.image_sizes or (config.clip.image_size,)
@@ -66,7 +67,10 @@ def petaflops(config: TrainConfig) -> float:
             if isinstance(model, ClipSegmenter):
                 model.classify(model.decoder(model.backbone.with_stem(clip)))
             elif isinstance(model, LesionDetector):
-                model.backbone(clip, [(config.clip.depth // 2,)])
+                maps = model.backbone(clip, [(config.clip.depth // 2,)])
+                model.rpn.head(list(maps.values()))
+                samples = model.roi_heads.fg_bg_sampler.batch_size_per_image
+                model.roi_heads.box_head(torch.zeros(samples, model.backbone.out_channels, ROI_SIZE, ROI_SIZE))
             else:
                 model.backbone(clip)
     loop = config.loop

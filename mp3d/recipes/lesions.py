@@ -21,7 +21,7 @@ def deeplesion_mp3d63_paper() -> TrainConfig:
 
     python jobs/finetune.py deeplesion_mp3d63_paper --shards /data/deeplesion --init-from /runs/vdt_coco_mp3d63
     Data: DeepLesion, 22,496 key slices of its official training split.
-    Cost: 718 PFLOP (0.6 h of an H200 at 40 % of its bf16 peak).
+    Cost: 783 PFLOP (0.7 h of an H200 at 40 % of its bf16 peak).
     Expected: 79.60, 85.29, 89.61, 92.45, mean 86.74 (unverified; the abstract's published gain of 3.48 over
     MULAN fits 79.60).
     Measured: nothing at this size yet.
@@ -43,7 +43,7 @@ def deeplesion_mp3d63() -> TrainConfig:
 
     python jobs/finetune.py deeplesion_mp3d63 --shards /data/deeplesion --init-from /runs/vdt_coco_mp3d63
     Data: as ``deeplesion_mp3d63_paper``.
-    Cost: 1,310 PFLOP (1.2 h of an H200 at 40 % of its bf16 peak).
+    Cost: 1,378 PFLOP (1.2 h of an H200 at 40 % of its bf16 peak).
     Expected: nothing is published of this variant; ``deeplesion_mp3d63_paper`` is the one to compare with.
     Measured: nothing at this size yet.
     """
@@ -65,7 +65,7 @@ def deeplesion_mp3d18ba() -> TrainConfig:
 
     python jobs/finetune.py deeplesion_mp3d18ba --shards /data/deeplesion --init-from /runs/vdt_coco_mp3d18ba
     Data: as ``deeplesion_mp3d63_paper``.
-    Cost: 714 PFLOP (0.6 h of an H200 at 40 % of its bf16 peak).
+    Cost: 780 PFLOP (0.7 h of an H200 at 40 % of its bf16 peak).
     Expected: no score is published.
     Measured: nothing at this size yet.
     """
@@ -79,7 +79,7 @@ def deeplesion_p3d63_paper() -> TrainConfig:
 
     python jobs/finetune.py deeplesion_p3d63_paper --shards /data/deeplesion --init-from /runs/vdt_coco_mp3d63
     Data: as ``deeplesion_mp3d63_paper``.
-    Cost: 363 PFLOP (0.3 h of an H200 at 40 % of its bf16 peak).
+    Cost: 428 PFLOP (0.4 h of an H200 at 40 % of its bf16 peak).
     Expected: no score is published.
     Measured: nothing at this size yet.
     """
@@ -98,7 +98,7 @@ def deeplesion_p3d18ba_paper() -> TrainConfig:
 
     python jobs/finetune.py deeplesion_p3d18ba_paper --shards /data/deeplesion --init-from /runs/vdt_coco_mp3d18ba
     Data: as ``deeplesion_mp3d63_paper``.
-    Cost: 228 PFLOP (0.2 h of an H200 at 40 % of its bf16 peak).
+    Cost: 293 PFLOP (0.3 h of an H200 at 40 % of its bf16 peak).
     Expected: 2.09 % better than from random weights (published, the measure is not named); no absolute score.
     Measured: nothing at this size yet.
     """
@@ -119,7 +119,7 @@ def deeplesion_r3d18() -> TrainConfig:
 
     python jobs/finetune.py deeplesion_r3d18 --shards /data/deeplesion --init-from /runs/vdt_imagenet_r3d18
     Data: as ``deeplesion_mp3d63_paper``.
-    Cost: 1,575 PFLOP (1.4 h of an H200 at 40 % of its bf16 peak).
+    Cost: 1,640 PFLOP (1.4 h of an H200 at 40 % of its bf16 peak).
     Expected: no absolute score is published.
     Measured: nothing at this size yet.
     """
@@ -131,7 +131,7 @@ def deeplesion_r3d50() -> TrainConfig:
 
     python jobs/finetune.py deeplesion_r3d50 --shards /data/deeplesion --init-from /runs/vdt_coco_r3d50
     Data: as ``deeplesion_mp3d63_paper``.
-    Cost: 2,334 PFLOP (2.1 h of an H200 at 40 % of its bf16 peak).
+    Cost: 2,399 PFLOP (2.1 h of an H200 at 40 % of its bf16 peak).
     Expected: no absolute score is published.
     Measured: nothing at this size yet.
     """
@@ -144,7 +144,7 @@ def deeplesion_i3d18() -> TrainConfig:
     python -m mp3d.convert resnet18-f37072fd.pth --out /runs/i3d18 --inflate mean
     python jobs/finetune.py deeplesion_i3d18 --shards /data/deeplesion --init-from /runs/i3d18
     Data: as ``deeplesion_mp3d63_paper``.
-    Cost: 1,575 PFLOP (1.4 h of an H200 at 40 % of its bf16 peak).
+    Cost: 1,640 PFLOP (1.4 h of an H200 at 40 % of its bf16 peak).
     Expected: no absolute score is published.
     Measured: nothing at this size yet.
     """
@@ -159,7 +159,7 @@ def deeplesion_acs18() -> TrainConfig:
     python -m mp3d.convert resnet18-f37072fd.pth --out /runs/acs18 --inflate acs
     python jobs/finetune.py deeplesion_acs18 --shards /data/deeplesion --init-from /runs/acs18
     Data: as ``deeplesion_mp3d63_paper``.
-    Cost: 1,575 PFLOP (1.4 h of an H200 at 40 % of its bf16 peak).
+    Cost: 1,640 PFLOP (1.4 h of an H200 at 40 % of its bf16 peak).
     Expected: no absolute score is published.
     Measured: nothing at this size yet.
     """
@@ -172,7 +172,7 @@ def deeplesion_resnet2d50() -> TrainConfig:
     python -m mp3d.convert resnet50-0676ba61.pth --out /runs/resnet2d50 --backbone resnet2d50
     python jobs/finetune.py deeplesion_resnet2d50 --shards /data/deeplesion --init-from /runs/resnet2d50
     Data: as ``deeplesion_mp3d63_paper``.
-    Cost: 117 PFLOP (0.1 h of an H200 at 40 % of its bf16 peak).
+    Cost: 183 PFLOP (0.2 h of an H200 at 40 % of its bf16 peak).
     Expected: 74.67 at 0.5 false positives (unverified: 79.60, itself unverified, less the published gain of 4.93).
     Measured: nothing at this size yet.
     """

@@ -102,7 +102,7 @@ def vdt_coco_mp3d63() -> TrainConfig:
 
     python jobs/pretrain.py vdt_coco_mp3d63 --shards /data/coco
     Data: COCO 2017, 118 thousand pictures.
-    Cost: 1,426 PFLOP (1.3 h of an H200 at 40 % of its bf16 peak) at most: pictures are seldom square.
+    Cost: 1,768 PFLOP (1.6 h of an H200 at 40 % of its bf16 peak) at most: pictures are seldom square.
     Expected: mAP 36.5 (published, as P3D-63).
     Measured: nothing at this size yet.
     """
@@ -127,7 +127,7 @@ def vdt_coco_mp3d18ba() -> TrainConfig:
 
     python jobs/pretrain.py vdt_coco_mp3d18ba --shards /data/coco
     Data: as ``vdt_coco_mp3d63``.
-    Cost: 850 PFLOP (0.7 h of an H200 at 40 % of its bf16 peak) at most.
+    Cost: 1,192 PFLOP (1.0 h of an H200 at 40 % of its bf16 peak) at most.
     Expected: mAP 34.3 (published, in the name of a released checkpoint).
     Measured: nothing at this size yet.
     """
@@ -139,7 +139,7 @@ def vdt_coco_r3d18() -> TrainConfig:
 
     python jobs/pretrain.py vdt_coco_r3d18 --shards /data/coco
     Data: as ``vdt_coco_mp3d63``.
-    Cost: 1,649 PFLOP (1.4 h of an H200 at 40 % of its bf16 peak) at most.
+    Cost: 1,990 PFLOP (1.7 h of an H200 at 40 % of its bf16 peak) at most.
     Expected: mAP 34.2 (published, in the paper and in the name of a released checkpoint).
     Measured: nothing at this size yet.
     """
@@ -151,7 +151,7 @@ def vdt_coco_r3d50() -> TrainConfig:
 
     python jobs/pretrain.py vdt_coco_r3d50 --shards /data/coco
     Data: as ``vdt_coco_mp3d63``.
-    Cost: 2,374 PFLOP (2 h of an H200 at 40 % of its bf16 peak) at most.
+    Cost: 2,716 PFLOP (2.4 h of an H200 at 40 % of its bf16 peak) at most.
     Expected: mAP 37.0 (published, in the paper and in the name of a released checkpoint).
     Measured: nothing at this size yet.
     """
