@@ -11,6 +11,8 @@ this takes half of it. Rounding is some parts in a million of the largest output
 own kernels for AVX-512 and for bfloat16 have more to gain from their instructions.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -50,6 +52,11 @@ OF_OUTPUT = [
 
 class WinogradConv2d(nn.Module):
     """What a 3 x 3 convolution with stride 1 and padding 1 computes, in channels-last memory and without gradients."""
+
+    kernels: Tensor
+    of_tile: Tensor
+    of_output: Tensor
+    bias: Tensor | None
 
     def __init__(self, conv: nn.Conv2d) -> None:
         super().__init__()
@@ -99,5 +106,5 @@ def _both_axes(matrix: Float[Tensor, "o i"], x: Float[Tensor, "i i *rest"]) -> F
     return (matrix @ half).view(len(matrix), len(matrix), *x.shape[2:])
 
 
-def _matrix(rows: list[list[float]], like: Tensor) -> Float[Tensor, "o i"]:
+def _matrix(rows: Sequence[Sequence[float]], like: Tensor) -> Float[Tensor, "o i"]:
     return torch.tensor(rows, dtype=like.dtype, device=like.device)

@@ -5,10 +5,10 @@ Recipes named ``..._paper`` keep the published choices: windows of nine slices, 
 schedule. The other large detectors train on slabs with group norm per slice, so that a series can be inferred at once.
 
 A docstring has the command and the data that it needs; the cost, which is that of all layers with weights, forward and
-backward, worked out from their shapes with one key slice a clip, with the hours of an H200 that reaches 40 % of the 790 TFLOP/s taken as its peak in bf16 (an assumption, not a measurement), or, of a small recipe, its
-time; the score to expect, *published* by the authors (paper, abstract, name of a released checkpoint), from the
-*authors' log*, or *unverified*, as remembered from tables that were not at hand; and the score that was measured with
-this code.
+backward, worked out from their shapes with one key slice a clip, with the hours of an H200 that reaches 40 % of the 790
+TFLOP/s taken as its peak in bf16 (an assumption, not a measurement), or, of a small recipe, its time; the score to
+expect, *published* by the authors (paper, abstract, name of a released checkpoint), from the *authors' log*, or
+*unverified*, as remembered from tables that were not at hand; and the score that was measured with this code.
 """
 
 from collections.abc import Callable
