@@ -132,7 +132,10 @@ def match(detections: Sequence[Detections], truths: Sequence[np.ndarray], protoc
         is_hit = np.bincount(detection, minlength=len(scores)) > 0
         np.minimum.at(found_at, truth, detection)
     else:
-        is_hit = _match_one_to_one(detection, truth, overlap, found_at, len(scores))
+        by_corners = np.empty(len(true_boxes), np.int64)
+        by_corners[np.lexsort(true_boxes.T)] = np.arange(len(true_boxes))
+        first = np.lexsort((-by_corners[truth], -overlap, detection))
+        is_hit = _match_one_to_one(detection[first], truth[first], found_at, len(scores))
     ends = block_ends(scores)
     block = np.searchsorted(ends, np.arange(len(scores) + 1))
     order = np.lexsort((is_hit, block[:-1]))
@@ -205,16 +208,19 @@ def _ranked(scores: np.ndarray, boxes: np.ndarray, detection: np.ndarray, overla
 
 
 def _match_one_to_one(
-    detection: np.ndarray, truth: np.ndarray, overlap: np.ndarray, found_at: np.ndarray, num_detections: int
+    detection: np.ndarray, truth: np.ndarray, found_at: np.ndarray, num_detections: int
 ) -> Bool[np.ndarray, " d"]:
-    """In order of score, each detection takes the free true box that it overlaps most, of equal ones the last, as
-    COCO's loop does; fills ``found_at``.
+    """In order of score, each detection takes the free true box that it overlaps most, of equal ones that of the larger
+    corners (COCO's loop: the last that is listed); fills ``found_at``.
+
+    Args:
+        detection: of each pair with a ``truth`` that is near enough, in the order in which they are to be tried.
     """
     is_hit = np.zeros(num_detections, dtype=bool)
-    for pair in np.lexsort((-truth, -overlap, detection)).tolist():
-        if not is_hit[detection[pair]] and found_at[truth[pair]] == num_detections:
-            is_hit[detection[pair]] = True
-            found_at[truth[pair]] = detection[pair]
+    for found, true in zip(detection.tolist(), truth.tolist(), strict=True):
+        if not is_hit[found] and found_at[true] == num_detections:
+            is_hit[found] = True
+            found_at[true] = found
     return is_hit
 
 
