@@ -147,9 +147,10 @@ def planned(config: EvaluateConfig, checkpoint: Checkpoint, shards: ShardSet) ->
         parts.append(Part("streamed", config.split, samples))
     if config.ablations:
         parts += [Part(variant, config.split, samples) for variant in ABLATIONS]
-    if config.choose_on == "test":
+    if config.choose_on in ("train", "test"):
         raise ConfigError(
-            "choose_on is 'test'; thresholds are chosen on other slices than those that are reported: val"
+            f"choose_on is {config.choose_on!r}; thresholds are chosen on slices that the network has not learnt from "
+            "and that are not reported: val"
         )
     if config.slices == "key" and config.max_clips is None:
         needed: set[Variant] = set(OF_WHOLE_SERIES) if config.streamed else set()

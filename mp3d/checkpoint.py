@@ -47,6 +47,9 @@ TRANSFER = "transfer.json"
 MAX_STREAMING_LOSS = 0.005
 """Mean sensitivity, half a point: a checkpoint that loses more is not streamed unless asked to."""
 
+MIN_STREAMING_PATIENTS = 10
+"""On fewer a loss of half a point cannot be told from none."""
+
 
 @dataclass(frozen=True)
 class TrainerState:
@@ -118,9 +121,10 @@ class Checkpoint:
         try:
             found = json.loads((self.path / STREAMING).read_text())
             loss = StreamingLoss(**{each.name: found[each.name] for each in fields(StreamingLoss)})
-            found_any = loss.mean_sensitivity_streamed > 0  # where nothing is found, nothing was measured
+            # where nothing is found, or of a few patients only, nothing was measured
+            known = loss.mean_sensitivity_streamed > 0 and loss.num_patients >= MIN_STREAMING_PATIENTS
             bearable = round(loss.mean_sensitivity_lost, 9) <= MAX_STREAMING_LOSS
-            return found["checkpoint"] == self.digest and found_any and bearable
+            return found["checkpoint"] == self.digest and known and bearable
         except (OSError, ValueError, KeyError, TypeError):
             return False
 

@@ -113,5 +113,5 @@ def reporting_threshold(checkpoint: Checkpoint, asked: float | None, fps_per_ima
     points = read_operating_points(checkpoint)
     if points is None:
         return FALLBACK_THRESHOLD, "default: the checkpoint has no operating points (jobs/evaluate.py chooses them)"
-    place = f"{points.split}, {points.num_images} slices"
-    return points.threshold_for(fps_per_image), f"{fps_per_image:g} false positives per image ({place})"
+    rate = f"{fps_per_image:g} false positive{'s' if fps_per_image != 1 else ''} per annotated key slice"
+    return points.threshold_for(fps_per_image), f"{rate} ({points.split}, {points.num_images} key slices)"

@@ -247,9 +247,10 @@ def test_a_norm_over_the_clip_cannot_be_judged_streamed(slab_run: EvaluateConfig
 
 
 def test_thresholds_are_not_chosen_on_the_test_split_nor_on_a_few_slices(slab_run: EvaluateConfig, tmp_path: Path):
-    on_test = EvaluateConfig.model_validate(slab_run.model_dump() | {"choose_on": "test", "out": str(tmp_path / "a")})
-    with pytest.raises(ConfigError, match="choose_on is 'test'"):
-        evaluate(on_test, dry_run=False)
+    for split in ("test", "train"):
+        changed = {"choose_on": split, "out": str(tmp_path / "a")}
+        with pytest.raises(ConfigError, match=f"choose_on is '{split}'"):
+            evaluate(EvaluateConfig.model_validate(slab_run.model_dump() | changed), dry_run=False)
     before = read_operating_points(open_checkpoint(slab_run.checkpoint or ""))
     few = {"split": "val", "max_clips": 1, "streamed": False, "ablations": False, "out": str(tmp_path / "b")}
     assert evaluate(EvaluateConfig.model_validate(slab_run.model_dump() | few), dry_run=False) == 0

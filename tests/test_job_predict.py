@@ -230,7 +230,7 @@ def test_the_operating_point_of_the_checkpoint_decides(checkpoint: Path, tmp_pat
     assert (found["threshold"], found["series"][0]["lesions"]) == (0.95, [])
     _, found = run(checkpoint, tmp_path / "series", fps_per_image=4.0)
     assert (found["threshold"], len(found["series"][0]["lesions"])) == (0.5, 1)
-    assert found["threshold_from"] == "4 false positives per image (val, 9 slices)"
+    assert found["threshold_from"] == "4 false positives per annotated key slice (val, 9 key slices)"
     with pytest.raises(ConfigError, match="no operating point for 3"):
         run(checkpoint, tmp_path / "series", fps_per_image=3.0)
     assert open_checkpoint(checkpoint).digest == opened.digest

@@ -111,6 +111,7 @@ class Evaluation:
     lesions_3d: Lesions3D | None = None
     num_replicates: int = NUM_REPLICATES
     slices: str = "key"
+    split: str = ""
     chosen_on: str = ""
     """Which slices the thresholds of ``operating`` were chosen on, in words."""
 
@@ -195,6 +196,7 @@ def evaluate_detector(
         lesions_3d=judge_lesions_3d(predictions, num_replicates, seed) if predictions.slices == "all" else None,
         num_replicates=num_replicates,
         slices=predictions.slices,
+        split=predictions.split,
         chosen_on=_chosen_on(OperatingPoints.from_plain(points), predictions) if points else "",
     )
 

@@ -29,7 +29,7 @@ from mp3d.errors import ConfigError, DataError
 from mp3d.evaluation.results import KeySliceResult
 from mp3d.models import build_model
 from mp3d.models.stream import check_streamable
-from mp3d.predict import Finding, Predictor, SeriesMode, trained_mode
+from mp3d.predict import Finding, Predictor, SeriesMode, best_mode, trained_mode
 from mp3d.sample import Clip, Prediction, Target
 
 Variant = Literal["trained", "unstreamed", "streamed", "without training", "one slice nine times"]
@@ -219,6 +219,8 @@ def provenance_of(checkpoint: Checkpoint, shards: ShardSet, config: EvaluateConf
         with passport.open("rb") as file:
             known["data passport"] = file_digest(file, "sha256").hexdigest()
     settings = checkpoint.config.model_dump(mode="json", exclude={"shards", "init_from", "launch", "tracking"})
+    if config.slices == "all":
+        known["series read"] = f"by {best_mode(checkpoint)}, boxes of a score from {LEAST_SCORE:g} on"
     judged = config.model_dump(mode="json", include=DECIDING_FIELDS)
     return {
         "checkpoint": checkpoint.digest,

@@ -30,6 +30,7 @@ class Lesions3D:
     intervals: FrocIntervals
     num_linked: int
     num_boxes: int
+    least_score: float = LINKED_FROM
 
 
 def judge_lesions_3d(predictions: Predictions, num_replicates: int, seed: int) -> Lesions3D | None:

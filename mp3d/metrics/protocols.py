@@ -69,7 +69,7 @@ MP3D_PORT = FrocProtocol(
 
 THREE_DCE_MULAN = FrocProtocol(
     name="3DCE/MULAN",
-    source="CADLab, 3DCE and MULAN; AlignShift, A3D, SATr",
+    source="CADLab, 3DCE and MULAN (without MULAN's limit of 50 boxes of a score from 0.05 on); AlignShift, A3D, SATr",
     overlap=box_iou_plus_one,
     overlap_name="IoU ≥ 0.5, sides x2 − x1 + 1",
     threshold=0.5,

@@ -49,6 +49,7 @@ def detection_numbers(evaluation: Evaluation) -> dict[str, Any]:
         "size_is": evaluation.size_is,
         "calibration": _calibration(evaluation.calibration),
         "operating_points": [vars(each) for each in evaluation.operating],
+        "chosen_on": evaluation.chosen_on,
         "comparisons": {
             name: _curve(each.froc)
             | {
