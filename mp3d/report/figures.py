@@ -123,7 +123,7 @@ def _two_views(
     x1, y1, x2, y2 = _close_up(focus, image.shape)
     whole.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor="white", linewidth=0.7, alpha=0.8))
     close.set(xlim=(x1, x2), ylim=(y2, y1))
-    _draw_scale_bar(close, (x1, y1, x2, y2), column_mm)
+    draw_scale_bar(close, (x1, y1, x2, y2), column_mm)
     return figure, whole, close
 
 
@@ -261,7 +261,12 @@ def _close_up(focus: np.ndarray, shape: tuple[int, ...]) -> tuple[float, float, 
     return left, top, left + side, top + side
 
 
-def _draw_scale_bar(axes: Axes, view: tuple[float, float, float, float], column_mm: float) -> None:
+def draw_scale_bar(axes: Axes, view: tuple[float, float, float, float], column_mm: float) -> None:
+    """At the lower left, at most a quarter of the view wide.
+
+    Args:
+        view: what the axes show, xyxy in pixels.
+    """
     x1, y1, x2, y2 = view
     quarter_mm = (x2 - x1) * column_mm / 4
     length_mm = max((length for length in (1, 2, 5, 10, 20, 50, 100) if length <= quarter_mm), default=1)
