@@ -19,9 +19,10 @@ from mp3d.evaluation import (
     evaluate_detector,
 )
 from mp3d.findings import group_findings
+from mp3d.metrics.calibration import calibration
 from mp3d.metrics.protocols import MP3D_PORT
 from mp3d.predict import Finding
-from mp3d.report import write_report
+from mp3d.report import figures, write_report
 from mp3d.report.figures import (
     FOUND_COLOUR,
     OTHER_COLOUR,
@@ -293,6 +294,18 @@ def test_the_picture_of_a_finding_marks_which_box_is_meant():
     assert finding_caption(volume, lesions[1], 2, SOFT_TISSUE) == (
         "lesion 2 · slice 4 of 0–8 · score 0.60 · 16 × 16 × 2 mm (x, y, z) · soft tissue window −160 to 240 HU"
     )
+
+
+@pytest.mark.parametrize(("number", "scale"), [(8, "linear"), (3000, "log")])
+def test_few_answers_are_counted_on_a_linear_axis(monkeypatch: pytest.MonkeyPatch, number: int, scale: str):
+    monkeypatch.setattr(figures, "png_bytes", lambda figure: figure)
+    scores = np.linspace(0.01, 0.99, number) ** 4
+    figure = figures.draw_reliability(calibration(scores, scores > 0.5), "Share that is right")
+    figure.draw_without_rendering()
+    bars = figure.axes[1]
+    assert bars.get_yscale() == scale
+    if scale == "linear":
+        assert all(tick == round(tick) for tick in bars.get_yticks())
 
 
 def test_exhibits_say_why_a_lesion_was_missed():

@@ -9,6 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from matplotlib.ticker import MaxNLocator
 
 from mp3d.data.series import Volume
 from mp3d.evaluation import KeySliceResult
@@ -33,6 +34,8 @@ LABEL = {
     "fontsize": 11,
     "bbox": {"boxstyle": "square,pad=0.15", "facecolor": "black", "alpha": 0.65, "linewidth": 0},
 }
+FEW_ANSWERS = 100
+"""In the fullest bin; up to it the axis of counts is linear, beyond it empty and full bins need a logarithmic one."""
 LOWEST_FPS = 0.125
 """Left end of the false positive axis, which is logarithmic and cannot show 0."""
 
@@ -200,9 +203,13 @@ def draw_reliability(of: Calibration, right: str) -> bytes:
     axes.set_xlabel("Mean score of the bin", color=INK)
     axes.set_ylabel(right, color=INK)
     edges = np.linspace(0, 1, len(of.counts) + 1)
-    bars.bar(edges[:-1], np.maximum(of.counts, 0.5), width=np.diff(edges), align="edge", color=CURVE_COLOURS[4])
-    bars.set_yscale("log")
-    bars.set(xlim=(0, 1), xticks=np.linspace(0, 1, 6), ylim=(0.5, None))
+    bars.bar(edges[:-1], of.counts, width=np.diff(edges), align="edge", color=CURVE_COLOURS[4])
+    bars.set(xlim=(0, 1), xticks=np.linspace(0, 1, 6))
+    if of.counts.max(initial=0) > FEW_ANSWERS:
+        bars.set_yscale("log")
+        bars.set(ylim=(0.5, None))
+    else:
+        bars.yaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     bars.set_xlabel("Score", color=INK)
     bars.set_ylabel("Answers", color=INK)
     for each in (axes, bars):
