@@ -4,9 +4,11 @@ from collections.abc import Mapping, Sequence
 from io import BytesIO
 from itertools import cycle
 from textwrap import fill
+from typing import cast
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
@@ -36,24 +38,39 @@ LABEL = {
 }
 FEW_ANSWERS = 100
 """In the fullest bin; up to it the axis of counts is linear, beyond it empty and full bins need a logarithmic one."""
+LABEL_PAD_PX = 2
+"""Of the ground of a label beyond its letters."""
 LOWEST_FPS = 0.125
 """Left end of the false positive axis, which is logarithmic and cannot show 0."""
 
 
 def draw_key_slice(
-    image: np.ndarray, result: KeySliceResult, focus: np.ndarray, threshold: float, window: Window
+    image: np.ndarray,
+    result: KeySliceResult,
+    focus: np.ndarray,
+    threshold: float,
+    window: Window,
+    cited: int | None = None,
 ) -> bytes:
     """The whole key slice, and beside it the surroundings of the focus with scores and a scale bar.
 
-    True boxes are green and solid, detections from ``threshold`` on orange and dashed.
+    True boxes are green and solid, detections from ``threshold`` on orange and dashed, the best on top.
+
+    Args:
+        cited: the detection that the caption tells of: its score is written first, and it is drawn though it lies below
+            the threshold, blue and dotted.
     """
-    reported = result.scores >= threshold
+    ascending = np.argsort(result.scores, kind="stable")
+    reported = ascending[result.scores[ascending] >= threshold]
+    below = [cited] if cited is not None and cited not in reported else []
     figure, whole, close = _two_views(image, result.spacing_mm, focus, window)
     for axes in (whole, close):
         _draw_boxes(axes, result.true_boxes, TRUE_COLOUR, "-")
         _draw_boxes(axes, result.boxes[reported], FOUND_COLOUR, (0, (4, 2)))
-    texts = [f"{score:.2f}" for score in result.scores[reported].tolist()]
-    _write_at(close, result.boxes[reported], texts, FOUND_COLOUR)
+        _draw_boxes(axes, result.boxes[below], OTHER_COLOUR, (0, (1, 1)))
+    first_to_last = sorted(reported[::-1].tolist(), key=lambda index: index != cited)
+    for indices, colour in ((below, OTHER_COLOUR), (first_to_last, FOUND_COLOUR)):
+        _write_at(close, result.boxes[indices], [f"{result.scores[index]:.2f}" for index in indices], colour)
     return png_bytes(figure)
 
 
@@ -80,8 +97,8 @@ def draw_finding(volume: Volume, lesions: Sequence[Lesion], number: int) -> byte
     for axes in (whole, close):
         _draw_boxes(axes, other_boxes, OTHER_COLOUR, "-", width=0.8)
         _draw_boxes(axes, box[None], FOUND_COLOUR, "-", width=2.4)
-    _write_at(close, other_boxes, [*others], OTHER_COLOUR)
     _write_at(close, box[None], [str(number)], FOUND_COLOUR)
+    _write_at(close, other_boxes, [*others], OTHER_COLOUR)
     caption = finding_caption(volume, lesion, number, window)
     figure.text(0.5, 0.5 * CAPTION_INCHES / figure.get_figheight(), caption, color="white", ha="center", va="center")
     return png_bytes(figure)
@@ -251,12 +268,26 @@ def _draw_boxes(axes: Axes, boxes: np.ndarray, colour: str, line: str | tuple, w
 
 
 def _write_at(axes: Axes, boxes: np.ndarray, texts: Sequence[str], colour: str) -> None:
-    """A text above each box that can be seen."""
+    """A text above each box that can be seen, below it where it would cover an earlier text, or else none at all.
+
+    Args:
+        boxes: the most important first.
+    """
+    axes.apply_aspect()  # as drawing does: before it the texts are not where they will be
+    renderer = FigureCanvasAgg(cast(Figure, axes.get_figure(root=True))).get_renderer()
+    taken = [text.get_window_extent(renderer).padded(LABEL_PAD_PX) for text in axes.texts]
     (x1, x2), (y2, y1) = axes.get_xlim(), axes.get_ylim()
     for box, text in zip(boxes, texts, strict=True):
-        if box[0] < x2 and box[2] > x1 and box[1] < y2 and box[3] > y1:
-            corner = (max(box[0], x1), max(box[1], y1 + 0.07 * (y2 - y1)))
-            axes.annotate(text, corner, (2, 4), color=colour, **LABEL)
+        if not (box[0] < x2 and box[2] > x1 and box[1] < y2 and box[3] > y1):
+            continue
+        left, highest, lowest = max(box[0], x1), y1 + 0.07 * (y2 - y1), y2 - 0.07 * (y2 - y1)
+        for corner, points in (((left, max(box[1], highest)), 4), ((left, min(box[3], lowest)), -14)):
+            label = axes.annotate(text, corner, (2, points), color=colour, **LABEL)
+            extent = label.get_window_extent(renderer).padded(LABEL_PAD_PX)
+            if not any(extent.overlaps(other) for other in taken):
+                taken.append(extent)
+                break
+            label.remove()
 
 
 def _close_up(focus: np.ndarray, shape: tuple[int, ...]) -> tuple[float, float, float, float]:
