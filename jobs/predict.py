@@ -9,7 +9,7 @@ Boxes on neighbouring slices are grouped into lesions. Writes into --out:
                       lesions, with place and size in mm; refusals. Series are named by their Series Instance UID,
                       without DICOM by their file
     findings.csv      a row a lesion
-    pictures/         a picture a lesion, with a scale and a caption
+    pictures/         a picture a lesion, with a scale, letters of the patient's sides and a caption
 
 Exit code 0 where everything was read, 5 where more was refused than --allowed-rejects, 3 where nothing could be read.
 """

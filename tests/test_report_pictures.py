@@ -23,6 +23,7 @@ from mp3d.report.figures import (
     finding_caption,
 )
 from mp3d.report.gallery import choose_exhibits
+from mp3d.report.orientation import edge_letters
 from mp3d.report.windows import BONE, LIVER, LUNG, SOFT_TISSUE, display_window
 from tests.test_report import ELSEWHERE, LESION, ct_slice, key_slice
 
@@ -60,6 +61,39 @@ def test_the_picture_of_a_finding_marks_which_box_is_meant():
     assert finding_caption(volume, lesions[1], 2, SOFT_TISSUE) == (
         "lesion 2 · slice 4 of 0–8 · score 0.60 · 16 × 16 × 2 mm (x, y, z) · soft tissue window −160 to 240 HU"
     )
+
+
+AXES_LPS = {"L": (1, 0, 0), "R": (-1, 0, 0), "P": (0, 1, 0), "A": (0, -1, 0), "H": (0, 0, 1), "F": (0, 0, -1)}
+
+
+def volume_shown(right, down) -> Volume:
+    """Slices whose columns and rows run in these directions (LPS)."""
+    right, down = np.array(right, float), np.array(down, float)
+    affine = np.eye(4)
+    affine[:3, :3] = np.stack([0.8 * right, 0.8 * down, 2.5 * np.cross(right, down)], axis=1)
+    return Volume(np.stack([ct_slice()] * 9), affine)
+
+
+@pytest.mark.usefixtures("kept_figures")
+@pytest.mark.parametrize("sides", ["RLAP", "LRAP", "RLPA", "APHF", "RLHF"])
+def test_the_edges_of_a_picture_say_which_side_of_the_patient_they_are(sides: str):
+    """Left, right, top, bottom of axial, mirrored, flipped, sagittal and coronal slices, on both views."""
+    volume = volume_shown(AXES_LPS[sides[1]], AXES_LPS[sides[3]])
+    assert "".join(edge_letters(volume.affine)) == sides
+    finding = Finding(LESION, 4, ((0.0, 0.0, 0.0),) * 4, (0.0, 0.0, 0.0), 16.0, 0.9, 1)
+    figure = draw_finding(volume, group_findings([finding], volume, 2.5), 1)
+    for axes in figure.axes:
+        at = {text.xy: text.get_text() for text in axes.texts if text.get_text() in AXES_LPS}
+        assert [at[place] for place in ((0, 0.5), (1, 0.5), (0.5, 1), (0.5, 0))] == list(sides)
+
+
+def test_oblique_edges_have_the_letters_of_all_sides_they_lean_to():
+    turn = np.deg2rad(30)
+    tilted = volume_shown((np.cos(turn), np.sin(turn), 0), (-np.sin(turn), np.cos(turn), 0))
+    assert edge_letters(tilted.affine) == ("RA", "LP", "AL", "PR")
+    turn = np.deg2rad(10)
+    tilted = volume_shown((np.cos(turn), np.sin(turn), 0), (-np.sin(turn), np.cos(turn), 0))
+    assert edge_letters(tilted.affine) == ("R", "L", "A", "P")
 
 
 @pytest.mark.parametrize(("number", "scale"), [(8, "linear"), (3000, "log")])

@@ -20,6 +20,7 @@ from mp3d.findings import Lesion
 from mp3d.metrics.bootstrap import Interval
 from mp3d.metrics.calibration import Calibration
 from mp3d.metrics.froc import FrocResult
+from mp3d.report.orientation import EdgeLetters, edge_letters
 from mp3d.report.windows import Window, display_window
 
 CURVE_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
@@ -77,7 +78,8 @@ def draw_key_slice(
 def draw_finding(volume: Volume, lesions: Sequence[Lesion], number: int) -> bytes:
     """The best slice of a lesion in a series without labels, and beside it what is around the lesion; with a caption.
 
-    Its box is orange and bold; those of other lesions on that slice are thin and blue, with their numbers.
+    Slices are shown as they are stored, whichever way that is; letters at the edges name the patient's sides. The
+    lesion's box is orange and bold; those of other lesions on that slice are thin and blue, with their numbers.
 
     Args:
         lesions: of the series; they are numbered from 1.
@@ -95,6 +97,7 @@ def draw_finding(volume: Volume, lesions: Sequence[Lesion], number: int) -> byte
     window = display_window(image, box)
     figure, whole, close = _two_views(image, volume.spacing_mm, box, window, caption_inches=CAPTION_INCHES)
     for axes in (whole, close):
+        _draw_edge_letters(axes, edge_letters(volume.affine))
         _draw_boxes(axes, other_boxes, OTHER_COLOUR, "-", width=0.8)
         _draw_boxes(axes, box[None], FOUND_COLOUR, "-", width=2.4)
     _write_at(close, box[None], [str(number)], FOUND_COLOUR)
@@ -313,6 +316,22 @@ def draw_scale_bar(axes: Axes, view: tuple[float, float, float, float], column_m
         Rectangle((left, bottom), length_mm / column_mm, 0.01 * (y2 - y1), facecolor="white", edgecolor="black", lw=0.5)
     )
     axes.annotate(f"{length_mm} mm", (left, bottom), (2, 6), color="white", **LABEL)
+
+
+def _draw_edge_letters(axes: Axes, letters: EdgeLetters) -> None:
+    places = {"left": (0.0, 0.5), "right": (1.0, 0.5), "top": (0.5, 1.0), "bottom": (0.5, 0.0)}
+    for edge, (x, y) in places.items():
+        axes.annotate(
+            getattr(letters, edge),
+            (x, y),
+            (5 * (1 - 2 * x), 5 * (1 - 2 * y)),  # points, from the edge inwards
+            xycoords="axes fraction",
+            color="white",
+            weight="bold",
+            ha={0.0: "left", 0.5: "center", 1.0: "right"}[x],
+            va={0.0: "bottom", 0.5: "center", 1.0: "top"}[y],
+            **LABEL,
+        )
 
 
 def style_axes(axes: Axes) -> None:
