@@ -5,10 +5,11 @@
 
 Boxes on neighbouring slices are grouped into lesions. Writes into --out:
 
-    findings.json     model, threshold and protocol; of each series its lesions, with place and size in mm; refusals.
-                      Series are named by their Series Instance UID, without DICOM by their file
+    findings.json     model, threshold, protocol, policy for odd geometry, versions of the software; of each series its
+                      lesions, with place and size in mm; refusals. Series are named by their Series Instance UID,
+                      without DICOM by their file
     findings.csv      a row a lesion
-    pictures/         a picture a lesion, with a scale and a caption
+    pictures/         a picture a lesion, with a scale, letters of the patient's sides and a caption
 
 Exit code 0 where everything was read, 5 where more was refused than --allowed-rejects, 3 where nothing could be read.
 """
@@ -19,6 +20,7 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -227,6 +229,8 @@ def write_findings(
             "slice_spacing_mm": checkpoint.config.clip.slice_spacing_mm,
             "link_overlap": config.link_overlap,
         },
+        "geometry": config.geometry.model_dump(),
+        "software": {package: version(package) for package in ("mp3d", "torch", "torchvision", "numpy")},
         "series": list(read),
         "refused": list(rejects),
     }

@@ -63,6 +63,20 @@ def test_a_segmenter_has_a_report(tmp_path):
     assert list(files.pictures) == ["dice"]
 
 
+def test_the_dice_of_the_slice_stands_beside_that_of_the_case(tmp_path):
+    """The slice has 10 of 20 and 20 pixels in common; a picture is all of its case, and has no second Dice."""
+    truth, answer = (np.zeros((96, 96), np.uint8) for _ in range(2))
+    truth[30, 40:60], answer[30, 50:70] = 1, 1
+    case = SegmentedCase("p", "s", ((90, 100, 100),), (1.0,), 7)
+    evaluation = evaluate_cases(Predictions("segmentation", [case]), "livers", num_replicates=100)
+    for spacing_mm, said in (((3.0, 0.8, 0.8), "Dice 0.90 · HD95 1.0 mm · slice 7, its Dice 0.50"), (None, "1.0 mm")):
+        masked = MaskedSlice(ct_slice(), truth, answer, spacing_mm)
+        files = write_case_report(tmp_path / "report.html", evaluation, None, lambda _, of=masked: of)
+        text = " ".join(Outline(files.page.read_text(encoding="utf-8")).text.split())
+        assert said in text
+        assert ("its Dice" in text) == (spacing_mm is not None)
+
+
 def test_hd95_says_over_how_many_cases_it_is(tmp_path, capsys):
     """Of four cases one has no answer and one no truth."""
     undefined = (float("nan"),)
@@ -141,6 +155,19 @@ def test_the_roc_figure_has_a_curve_for_every_run():
     x, y = curves["other, AUC 0.450"].get_data()
     assert (x[0], y[0], x[-1], y[-1]) == (0, 0, 1, 1)
     assert np.trapezoid(y, x) == pytest.approx(0.45)
+
+
+@pytest.mark.usefixtures("figures")
+def test_masks_are_shown_in_the_proportions_of_the_patient():
+    """Pixels twice as tall as wide; the panels do not touch."""
+    mask = np.zeros((96, 96), np.uint8)
+    mask[30:50, 40:60] = 1
+    figure = draw_masks(MaskedSlice(ct_slice(), mask, mask, (3.0, 1.6, 0.8)))
+    left, right = figure.axes
+    assert left.get_aspect() == right.get_aspect() == 2
+    assert right.get_position().x0 - left.get_position().x1 > 0.01
+    assert [text.get_text() for text in left.texts] == ["5 mm"]  # a quarter of 48 pixels is 9.6 mm
+    assert not draw_masks(MaskedSlice(ct_slice(), mask, mask)).axes[0].texts
 
 
 def test_the_outline_is_drawn_on_the_true_mask():

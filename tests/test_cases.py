@@ -10,7 +10,7 @@ import pytest
 
 from jobs import evaluate
 from mp3d.checkpoint import open_checkpoint
-from mp3d.config import AugmentConfig, ClassificationHead, EvaluateConfig, SegmentationHead
+from mp3d.config import UNKNOWN, AugmentConfig, ClassificationHead, EvaluateConfig, SegmentationHead
 from mp3d.errors import CheckpointError, ConfigError, DataError
 from mp3d.evaluation import (
     ClassifiedCase,
@@ -22,6 +22,7 @@ from mp3d.evaluation import (
     num_defined,
     segmentation_scores,
 )
+from mp3d.evaluation.cases import most_wrong_slice
 from mp3d.launch import run_training
 from mp3d.predict import Predictor
 from mp3d.segment import VolumeSegmenter
@@ -156,6 +157,18 @@ def test_configurations_that_cannot_be(tmp_path: Path, changes: dict, message: s
 def test_blocks_that_cannot_be(tmp_path: Path, changes: dict, message: str):
     with pytest.raises(ValueError, match=message):
         ball_config(tmp_path, tmp_path, SegmentationHead()).override(changes)
+
+
+def test_the_slice_shown_is_the_most_wrong_one():
+    """Most is marked on slice 1, most is wrong on slice 3; on slice 2 nobody knows the truth."""
+    true = np.zeros((5, 8, 8), np.uint8)
+    true[1, :6], true[3, 0, :3] = 1, 1
+    predicted = true.copy()
+    assert most_wrong_slice(predicted, true) == 1
+    predicted[3, 4:6] = 1
+    predicted[1, 0, :5] = 0
+    predicted[2], true[2] = 1, UNKNOWN
+    assert most_wrong_slice(predicted, true) == 3
 
 
 def test_means_over_cases_and_over_voxels():

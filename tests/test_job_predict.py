@@ -1,6 +1,7 @@
 """jobs/predict.py: folders in, findings in the right millimetres out; what cannot be read is refused by name."""
 
 import csv
+import importlib.metadata
 import json
 from pathlib import Path
 
@@ -195,6 +196,15 @@ def test_a_series_without_lesions_has_none(checkpoint: Path, tmp_path: Path):
     assert (code, found["series"][0]["lesions"]) == (0, [])
     assert not (tmp_path / "out" / "pictures").exists()
     assert len((tmp_path / "out" / "findings.csv").read_text().splitlines()) == 1
+
+
+def test_findings_say_with_what_they_were_made(checkpoint: Path, tmp_path: Path):
+    """Versions by the names that metrics.json has for them, and what was done with odd geometry."""
+    write_series(tmp_path / "series")
+    _, found = run(checkpoint, tmp_path / "series", tilt="shear")
+    assert found["software"]["mp3d"] == importlib.metadata.version("mp3d")
+    assert set(found["software"]) == {"mp3d", "torch", "torchvision", "numpy"}
+    assert found["geometry"] == {"tilt": "shear", "uneven": "refuse"}
 
 
 def test_what_cannot_be_read_is_named_and_the_rest_goes_on(checkpoint: Path, tmp_path: Path):

@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
+from jaxtyping import UInt8
 
 from mp3d.checkpoint import open_checkpoint
 from mp3d.config import UNKNOWN, ClassificationHead, EvaluateConfig, ModelConfig, SegmentationHead
@@ -97,9 +98,7 @@ class CasePredictor:
             hausdorff_95(predicted == each, true == each, entry.spacing_mm) if all_known else math.nan
             for each in range(1, number + 1)
         ]
-        sought = (true > 0) & (true != UNKNOWN)
-        marked = (sought | (predicted > 0)).sum(axis=(1, 2))
-        shown = int(np.where(sought.any(axis=(1, 2)) | ~sought.any(), marked, -1).argmax())
+        shown = most_wrong_slice(predicted, true)
         return SegmentedCase(
             entry.patient,
             entry.series,
@@ -108,6 +107,17 @@ class CasePredictor:
             shown,
             pack_mask(predicted[shown]),
         )
+
+
+def most_wrong_slice(predicted: UInt8[np.ndarray, "d h w"], true: UInt8[np.ndarray, "d h w"]) -> int:
+    """The slice where the most voxels of known truth are answered wrongly; where none is, the one with the most marked.
+
+    It shows what a low Dice or a large distance is due to, which the largest cut of a lesion mostly does not.
+    """
+    known = true != UNKNOWN
+    wrong = (known & (predicted != true)).sum(axis=(1, 2))
+    marked = (known & (true > 0)).sum(axis=(1, 2))
+    return int((wrong if wrong.any() else marked).argmax())
 
 
 def _counts(predicted: np.ndarray, true: np.ndarray, num_classes: int) -> tuple[tuple[int, int, int], ...]:

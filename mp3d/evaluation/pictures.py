@@ -12,11 +12,18 @@ from mp3d.evaluation.results import ClassifiedCase, KeySliceResult, Record, Segm
 
 
 class MaskedSlice(NamedTuple):
-    """A slice (or the planes of a picture), what is true of it and what was answered."""
+    """A slice (or the planes of a picture), what is true of it and what was answered.
+
+    Attributes:
+        image: ``(h, w)`` HU, or the planes ``(3, h, w)``.
+        true_mask: ``(h, w)``; so is ``predicted_mask``.
+        spacing_mm: z, y, x; None: of a picture.
+    """
 
     image: np.ndarray
     true_mask: np.ndarray
     predicted_mask: np.ndarray
+    spacing_mm: tuple[float, float, float] | None = None
 
 
 class Pictures:
@@ -53,14 +60,16 @@ class Pictures:
 
     def segmented(self, case: SegmentedCase) -> MaskedSlice | None:
         """The slice that the case shows."""
-        row = self._picture(case.series)
+        row, spacing_mm = self._picture(case.series), None
         for entry in self._entries_of(case.series):
-            row = self._row(entry, case.shown_slice)
+            row, spacing_mm = self._row(entry, case.shown_slice), entry.spacing_mm
         if row is None:
             return None
         true = decode_truth(row).mask
         predicted = unpack_mask(case.shown_mask, (row["rows"], row["columns"]))
-        return None if true is None or predicted is None else MaskedSlice(decode_image(row), true, predicted)
+        if true is None or predicted is None:
+            return None
+        return MaskedSlice(decode_image(row), true, predicted, spacing_mm)
 
     def _entries_of(self, series: str) -> list[SeriesEntry]:
         return [entry for entry in self.entries if entry.series == series and entry.spacing_mm is not None]

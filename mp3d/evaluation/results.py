@@ -117,7 +117,8 @@ class SegmentedCase:
         counts: of each class of the foreground, voxels in both masks, in the predicted one, in the true one.
         hausdorff_95_mm: of each class; NaN where one of the masks is empty, for pictures, and where the truth of a
             slice is not known.
-        shown_slice: from 0, the slice that shows most of what is true or answered, of those that show something true.
+        shown_slice: from 0, the slice with the most voxels where the answer is wrong; with the most marked, where none
+            is wrong.
         shown_mask: the answer there, ``(h, w)`` uint8, deflated; its shape is that of the slice.
     """
 

@@ -6,6 +6,7 @@ from textwrap import fill, shorten
 import numpy as np
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
 from mp3d.config import UNKNOWN
@@ -13,7 +14,15 @@ from mp3d.evaluation import MaskedSlice, SegmentedCase
 from mp3d.metrics.bootstrap import patient_weights
 from mp3d.metrics.classification import roc_curve
 from mp3d.metrics.dice import dice
-from mp3d.report.figures import CURVE_COLOURS, CURVE_STYLES, INK, TRUE_COLOUR, png_bytes, style_axes
+from mp3d.report.figures import (
+    CURVE_COLOURS,
+    CURVE_STYLES,
+    INK,
+    TRUE_COLOUR,
+    draw_scale_bar,
+    png_bytes,
+    style_axes,
+)
 from mp3d.report.windows import SOFT_TISSUE, Window, display_window
 
 MASK_COLOURS = ("#FFA023", "#56B4E9", "#CC79A7", "#F0E442", "#D55E00", "#0072B2")
@@ -21,6 +30,8 @@ MASK_COLOURS = ("#FFA023", "#56B4E9", "#CC79A7", "#F0E442", "#D55E00", "#0072B2"
 BAND_REPLICATES = 300
 FEW_CLASSES = 5
 """Up to which a table of classes is a small figure."""
+GAP_INCHES = 0.12
+"""Between the panels of a picture, which else look like one image."""
 LONGEST_NAME = 24
 """Of a class, in letters."""
 
@@ -183,7 +194,7 @@ def draw_masks(masked: MaskedSlice) -> bytes:
         overlaid[inside] = 0.6 * overlaid[inside] + 0.4 * colour
     part = _around(rows, columns, grey.shape)
     truth = np.where(masked.true_mask == UNKNOWN, 0, masked.true_mask)
-    return _one_picture([grey[part], overlaid[part]], truth[part])
+    return _one_picture([grey[part], overlaid[part]], truth[part], masked.spacing_mm)
 
 
 def _around(rows: np.ndarray, columns: np.ndarray, shape: tuple[int, ...]) -> tuple[slice, slice]:
@@ -203,13 +214,31 @@ def _grey(image: np.ndarray, window: Window = SOFT_TISSUE) -> np.ndarray:
     return np.repeat(grey[..., None], 3, axis=-1)
 
 
-def _one_picture(panels: Sequence[np.ndarray], outline: np.ndarray | None = None) -> bytes:
-    figure = Figure(figsize=(4 * len(panels), 4), dpi=100, facecolor="black")
+def _one_picture(
+    panels: Sequence[np.ndarray],
+    outline: np.ndarray | None = None,
+    spacing_mm: tuple[float, float, float] | None = None,
+) -> bytes:
+    """Panels side by side, with a gap; in the patient's proportions and with a scale bar where the spacing is known.
+
+    Args:
+        outline: a mask, whose outlines are drawn on the last panel.
+        spacing_mm: z, y, x.
+    """
+    width = 4 * len(panels) + GAP_INCHES * (len(panels) - 1)
+    figure = Figure(figsize=(width, 4), dpi=100, facecolor="black")
+    _, row_mm, column_mm = spacing_mm or (1.0, 1.0, 1.0)
     for index, panel in enumerate(panels):
-        axes = figure.add_axes((index / len(panels), 0, 1 / len(panels), 1))
-        axes.imshow(panel, interpolation="bilinear")
+        axes = figure.add_axes((index * (4 + GAP_INCHES) / width, 0, 4 / width, 1))
+        axes.imshow(panel, interpolation="bilinear", aspect=row_mm / column_mm)
         if outline is not None and index == len(panels) - 1:
             for value in np.unique(outline[outline > 0]).tolist():
                 axes.contour(outline == value, levels=[0.5], colors=[TRUE_COLOUR], linewidths=1.6)
         axes.set_axis_off()
+        if index:  # air is as black as the picture's ground
+            gap = ((index * (4 + GAP_INCHES) - GAP_INCHES) / width, 0)
+            figure.add_artist(Rectangle(gap, GAP_INCHES / width, 1, facecolor="#666666", linewidth=0))
+        if spacing_mm is not None and index == 0:
+            height, across = panel.shape[:2]
+            draw_scale_bar(axes, (-0.5, -0.5, across - 0.5, height - 0.5), column_mm)
     return png_bytes(figure)

@@ -8,7 +8,7 @@ import numpy as np
 from scipy.special import softmax
 
 from mp3d.evaluation import Case, CaseEvaluation, ClassifiedCase, MaskedSlice, SegmentedCase
-from mp3d.metrics.dice import dice
+from mp3d.metrics.dice import dice, overlap_counts
 from mp3d.report.case_figures import (
     FEW_CLASSES,
     MASK_COLOURS,
@@ -160,11 +160,21 @@ def _segmented_sections(
         for value, case in of:
             masked = masked_slice_of(case)
             if masked is not None:
-                distances = [each for each in case.hausdorff_95_mm if each == each]
-                told = f"HD95 {max(distances):.1f} mm · " if distances else "HD95 not defined · "
-                cards.append(_card(draw_masks(masked), f"Dice {value:.2f}", f"{told}slice {case.shown_slice}", case))
+                cards.append(_card(draw_masks(masked), f"Dice {value:.2f}", _told_of(case, masked), case))
         sections.append({"title": title, "order": order, "total": len(ordered), "cards": cards})
     return sections
+
+
+def _told_of(case: SegmentedCase, masked: MaskedSlice) -> str:
+    """Beside the case's Dice: its HD95, and the Dice of the slice shown, which is chosen for its errors."""
+    distances = [each for each in case.hausdorff_95_mm if each == each]
+    told = f"HD95 {max(distances):.1f} mm" if distances else "HD95 not defined"
+    if masked.spacing_mm is None:  # a picture is all of its case
+        return told
+    values = dice(overlap_counts(masked.predicted_mask, masked.true_mask, len(case.counts)))
+    defined = values[~np.isnan(values)]
+    of_slice = f", its Dice {defined.mean():.2f}" if len(defined) else ", unmarked"
+    return f"{told} · slice {case.shown_slice}{of_slice}"
 
 
 def _card(png: bytes, verdict: str, told: str, case: ClassifiedCase | SegmentedCase) -> dict[str, Any]:

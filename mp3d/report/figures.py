@@ -4,11 +4,14 @@ from collections.abc import Mapping, Sequence
 from io import BytesIO
 from itertools import cycle
 from textwrap import fill
+from typing import cast
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from matplotlib.ticker import MaxNLocator
 
 from mp3d.data.series import Volume
 from mp3d.evaluation import KeySliceResult
@@ -17,6 +20,7 @@ from mp3d.findings import Lesion
 from mp3d.metrics.bootstrap import Interval
 from mp3d.metrics.calibration import Calibration
 from mp3d.metrics.froc import FrocResult
+from mp3d.report.orientation import EdgeLetters, edge_letters
 from mp3d.report.windows import Window, display_window
 
 CURVE_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
@@ -33,31 +37,49 @@ LABEL = {
     "fontsize": 11,
     "bbox": {"boxstyle": "square,pad=0.15", "facecolor": "black", "alpha": 0.65, "linewidth": 0},
 }
+FEW_ANSWERS = 100
+"""In the fullest bin; up to it the axis of counts is linear, beyond it empty and full bins need a logarithmic one."""
+LABEL_PAD_PX = 2
+"""Of the ground of a label beyond its letters."""
 LOWEST_FPS = 0.125
 """Left end of the false positive axis, which is logarithmic and cannot show 0."""
 
 
 def draw_key_slice(
-    image: np.ndarray, result: KeySliceResult, focus: np.ndarray, threshold: float, window: Window
+    image: np.ndarray,
+    result: KeySliceResult,
+    focus: np.ndarray,
+    threshold: float,
+    window: Window,
+    cited: int | None = None,
 ) -> bytes:
     """The whole key slice, and beside it the surroundings of the focus with scores and a scale bar.
 
-    True boxes are green and solid, detections from ``threshold`` on orange and dashed.
+    True boxes are green and solid, detections from ``threshold`` on orange and dashed, the best on top.
+
+    Args:
+        cited: the detection that the caption tells of: its score is written first, and it is drawn though it lies below
+            the threshold, blue and dotted.
     """
-    reported = result.scores >= threshold
+    ascending = np.argsort(result.scores, kind="stable")
+    reported = ascending[result.scores[ascending] >= threshold]
+    below = [cited] if cited is not None and cited not in reported else []
     figure, whole, close = _two_views(image, result.spacing_mm, focus, window)
     for axes in (whole, close):
         _draw_boxes(axes, result.true_boxes, TRUE_COLOUR, "-")
         _draw_boxes(axes, result.boxes[reported], FOUND_COLOUR, (0, (4, 2)))
-    texts = [f"{score:.2f}" for score in result.scores[reported].tolist()]
-    _write_at(close, result.boxes[reported], texts, FOUND_COLOUR)
+        _draw_boxes(axes, result.boxes[below], OTHER_COLOUR, (0, (1, 1)))
+    first_to_last = sorted(reported[::-1].tolist(), key=lambda index: index != cited)
+    for indices, colour in ((below, OTHER_COLOUR), (first_to_last, FOUND_COLOUR)):
+        _write_at(close, result.boxes[indices], [f"{result.scores[index]:.2f}" for index in indices], colour)
     return png_bytes(figure)
 
 
 def draw_finding(volume: Volume, lesions: Sequence[Lesion], number: int) -> bytes:
     """The best slice of a lesion in a series without labels, and beside it what is around the lesion; with a caption.
 
-    Its box is orange and bold; those of other lesions on that slice are thin and blue, with their numbers.
+    Slices are shown as they are stored, whichever way that is; letters at the edges name the patient's sides. The
+    lesion's box is orange and bold; those of other lesions on that slice are thin and blue, with their numbers.
 
     Args:
         lesions: of the series; they are numbered from 1.
@@ -75,10 +97,11 @@ def draw_finding(volume: Volume, lesions: Sequence[Lesion], number: int) -> byte
     window = display_window(image, box)
     figure, whole, close = _two_views(image, volume.spacing_mm, box, window, caption_inches=CAPTION_INCHES)
     for axes in (whole, close):
+        _draw_edge_letters(axes, edge_letters(volume.affine))
         _draw_boxes(axes, other_boxes, OTHER_COLOUR, "-", width=0.8)
         _draw_boxes(axes, box[None], FOUND_COLOUR, "-", width=2.4)
-    _write_at(close, other_boxes, [*others], OTHER_COLOUR)
     _write_at(close, box[None], [str(number)], FOUND_COLOUR)
+    _write_at(close, other_boxes, [*others], OTHER_COLOUR)
     caption = finding_caption(volume, lesion, number, window)
     figure.text(0.5, 0.5 * CAPTION_INCHES / figure.get_figheight(), caption, color="white", ha="center", va="center")
     return png_bytes(figure)
@@ -123,7 +146,7 @@ def _two_views(
     x1, y1, x2, y2 = _close_up(focus, image.shape)
     whole.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor="white", linewidth=0.7, alpha=0.8))
     close.set(xlim=(x1, x2), ylim=(y2, y1))
-    _draw_scale_bar(close, (x1, y1, x2, y2), column_mm)
+    draw_scale_bar(close, (x1, y1, x2, y2), column_mm)
     return figure, whole, close
 
 
@@ -200,9 +223,13 @@ def draw_reliability(of: Calibration, right: str) -> bytes:
     axes.set_xlabel("Mean score of the bin", color=INK)
     axes.set_ylabel(right, color=INK)
     edges = np.linspace(0, 1, len(of.counts) + 1)
-    bars.bar(edges[:-1], np.maximum(of.counts, 0.5), width=np.diff(edges), align="edge", color=CURVE_COLOURS[4])
-    bars.set_yscale("log")
-    bars.set(xlim=(0, 1), xticks=np.linspace(0, 1, 6), ylim=(0.5, None))
+    bars.bar(edges[:-1], of.counts, width=np.diff(edges), align="edge", color=CURVE_COLOURS[4])
+    bars.set(xlim=(0, 1), xticks=np.linspace(0, 1, 6))
+    if of.counts.max(initial=0) > FEW_ANSWERS:
+        bars.set_yscale("log")
+        bars.set(ylim=(0.5, None))
+    else:
+        bars.yaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     bars.set_xlabel("Score", color=INK)
     bars.set_ylabel("Answers", color=INK)
     for each in (axes, bars):
@@ -244,12 +271,26 @@ def _draw_boxes(axes: Axes, boxes: np.ndarray, colour: str, line: str | tuple, w
 
 
 def _write_at(axes: Axes, boxes: np.ndarray, texts: Sequence[str], colour: str) -> None:
-    """A text above each box that can be seen."""
+    """A text above each box that can be seen, below it where it would cover an earlier text, or else none at all.
+
+    Args:
+        boxes: the most important first.
+    """
+    axes.apply_aspect()  # as drawing does: before it the texts are not where they will be
+    renderer = FigureCanvasAgg(cast(Figure, axes.get_figure(root=True))).get_renderer()
+    taken = [text.get_window_extent(renderer).padded(LABEL_PAD_PX) for text in axes.texts]
     (x1, x2), (y2, y1) = axes.get_xlim(), axes.get_ylim()
     for box, text in zip(boxes, texts, strict=True):
-        if box[0] < x2 and box[2] > x1 and box[1] < y2 and box[3] > y1:
-            corner = (max(box[0], x1), max(box[1], y1 + 0.07 * (y2 - y1)))
-            axes.annotate(text, corner, (2, 4), color=colour, **LABEL)
+        if not (box[0] < x2 and box[2] > x1 and box[1] < y2 and box[3] > y1):
+            continue
+        left, highest, lowest = max(box[0], x1), y1 + 0.07 * (y2 - y1), y2 - 0.07 * (y2 - y1)
+        for corner, points in (((left, max(box[1], highest)), 4), ((left, min(box[3], lowest)), -14)):
+            label = axes.annotate(text, corner, (2, points), color=colour, **LABEL)
+            extent = label.get_window_extent(renderer).padded(LABEL_PAD_PX)
+            if not any(extent.overlaps(other) for other in taken):
+                taken.append(extent)
+                break
+            label.remove()
 
 
 def _close_up(focus: np.ndarray, shape: tuple[int, ...]) -> tuple[float, float, float, float]:
@@ -261,7 +302,12 @@ def _close_up(focus: np.ndarray, shape: tuple[int, ...]) -> tuple[float, float, 
     return left, top, left + side, top + side
 
 
-def _draw_scale_bar(axes: Axes, view: tuple[float, float, float, float], column_mm: float) -> None:
+def draw_scale_bar(axes: Axes, view: tuple[float, float, float, float], column_mm: float) -> None:
+    """At the lower left, at most a quarter of the view wide.
+
+    Args:
+        view: what the axes show, xyxy in pixels.
+    """
     x1, y1, x2, y2 = view
     quarter_mm = (x2 - x1) * column_mm / 4
     length_mm = max((length for length in (1, 2, 5, 10, 20, 50, 100) if length <= quarter_mm), default=1)
@@ -270,6 +316,22 @@ def _draw_scale_bar(axes: Axes, view: tuple[float, float, float, float], column_
         Rectangle((left, bottom), length_mm / column_mm, 0.01 * (y2 - y1), facecolor="white", edgecolor="black", lw=0.5)
     )
     axes.annotate(f"{length_mm} mm", (left, bottom), (2, 6), color="white", **LABEL)
+
+
+def _draw_edge_letters(axes: Axes, letters: EdgeLetters) -> None:
+    places = {"left": (0.0, 0.5), "right": (1.0, 0.5), "top": (0.5, 1.0), "bottom": (0.5, 0.0)}
+    for edge, (x, y) in places.items():
+        axes.annotate(
+            getattr(letters, edge),
+            (x, y),
+            (5 * (1 - 2 * x), 5 * (1 - 2 * y)),  # points, from the edge inwards
+            xycoords="axes fraction",
+            color="white",
+            weight="bold",
+            ha={0.0: "left", 0.5: "center", 1.0: "right"}[x],
+            va={0.0: "bottom", 0.5: "center", 1.0: "top"}[y],
+            **LABEL,
+        )
 
 
 def style_axes(axes: Axes) -> None:

@@ -20,6 +20,7 @@ class Exhibit:
         iou: its overlap with the lesion in question; for a false positive, with the nearest one.
         verdict: the finding in words, without scores and overlaps.
         kind: of the lesion, "" where it is not known.
+        detection: index in the result of the one in question.
     """
 
     result: KeySliceResult
@@ -28,6 +29,7 @@ class Exhibit:
     iou: float
     verdict: str
     kind: str = ""
+    detection: int | None = None
 
     @property
     def size_mm(self) -> tuple[float, float]:
@@ -70,7 +72,8 @@ def choose_exhibits(
             (found if exhibit.verdict == "found" else missed).append(exhibit)
         best_iou = iou.max(axis=1, initial=0)
         for i in np.flatnonzero(reported & (best_iou < protocol.threshold)):
-            exhibit = Exhibit(result, result.boxes[i], float(result.scores[i]), float(best_iou[i]), "false positive")
+            score, nearest = float(result.scores[i]), float(best_iou[i])
+            exhibit = Exhibit(result, result.boxes[i], score, nearest, "false positive", detection=int(i))
             around = _lesion_key(result, int(iou[i].argmax())) if best_iou[i] > 0 else (id(exhibit),)
             false_positives[around].append(exhibit)
     shown = [_most_confident(exhibits) for exhibits in false_positives.values()]
@@ -102,7 +105,7 @@ def _lesion(
     box, kind = result.true_boxes[lesion], result.true_types[lesion]
 
     def exhibit(index: int, verdict: str) -> Exhibit:
-        return Exhibit(result, box, float(result.scores[index]), float(iou[index]), verdict, kind)
+        return Exhibit(result, box, float(result.scores[index]), float(iou[index]), verdict, kind, index)
 
     hits = iou >= iou_threshold
     if (hits & reported).any():

@@ -104,10 +104,11 @@ def _card(exhibit: Exhibit, threshold: float, pixels_of: PixelsOf | None) -> dic
         return None
     window = display_window(image, exhibit.focus, exhibit.kind)
     width_mm, height_mm = exhibit.size_mm
+    below = exhibit.score is not None and not exhibit.score >= threshold
     return {
-        "image": data_url(draw_key_slice(image, result, exhibit.focus, threshold, window)),
+        "image": data_url(draw_key_slice(image, result, exhibit.focus, threshold, window, exhibit.detection)),
         "alt": f"Slice {result.z_index} of series {result.series}, {exhibit.verdict}; whole slice and close-up",
-        "verdict": exhibit.verdict,
+        "verdict": exhibit.verdict + " (blue, dotted)" * below,
         "kind": exhibit.kind,
         "score": exhibit.score,
         "iou": exhibit.iou,
