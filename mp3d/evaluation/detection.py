@@ -196,7 +196,7 @@ def evaluate_detector(
         lesions_3d=judge_lesions_3d(predictions, num_replicates, seed) if predictions.slices == "all" else None,
         num_replicates=num_replicates,
         slices=predictions.slices,
-        split=predictions.split,
+        split=predictions.split or "",
         chosen_on=_chosen_on(OperatingPoints.from_plain(points), predictions) if points else "",
     )
 
