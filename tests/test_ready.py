@@ -114,7 +114,7 @@ def turned_channel(y: Tensor) -> Tensor:
         ("backbone.fpn.layer_blocks.0", torch.zeros_like, "map 0 of the feature pyramid"),
         ("rpn.head.conv", lambda y: y * torch.nan, "the region proposals on map 0"),
     ],
-    ids=str,
+    ids=["dead slice", "turned channel", "dead pyramid", "nan proposals"],
 )
 def test_a_fault_in_a_part_is_found(layer: str, fault: Callable, named: str, caplog: pytest.LogCaptureFixture):
     clip = ClipConfig(image_size=64)
