@@ -130,10 +130,11 @@ class LesionRPN(RegionProposalNetwork):
         level_ends = torch.tensor(num_anchors_per_level, device=logits.device).cumsum(0)
         boxes, scores = [], []
         for every, scored, best, size in zip(proposals, logits.sigmoid(), candidates, image_shapes, strict=True):
-            best = best[remove_small_boxes(clip_boxes_to_image(every[best], size), self.min_size)]
-            best = best[scored[best] >= self.score_thresh]
-            levels = torch.bucketize(best, level_ends, right=True)
             inside = clip_boxes_to_image(every[best], size)
+            good = remove_small_boxes(inside, self.min_size)
+            good = good[scored[best[good]] >= self.score_thresh]
+            best, inside = best[good], inside[good]
+            levels = torch.bucketize(best, level_ends, right=True)
             kept = best_after_nms(inside, scored[best], levels, self.nms_thresh, self.post_nms_top_n())
             boxes.append(inside[kept])
             scores.append(scored[best[kept]])
