@@ -88,12 +88,9 @@ def resolve_precision(precision: PrecisionName, device: torch.device) -> torch.d
 
 def inference_dtype(trained_in: PrecisionName, device: torch.device) -> torch.dtype | None:
     """A model answers in the precision that it was trained in, or in float32 where the device has no such hardware."""
-    match trained_in:
-        case "fp16" if device.type == "cpu":
-            return None
-        case "bf16" if not _computes_in_bf16(device):
-            return None
-    return resolve_precision(trained_in, device)
+    no_fp16 = trained_in == "fp16" and device.type == "cpu"
+    no_bf16 = trained_in == "bf16" and not _computes_in_bf16(device)
+    return None if no_fp16 or no_bf16 else resolve_precision(trained_in, device)
 
 
 def autocast(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager:

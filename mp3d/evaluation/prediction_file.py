@@ -80,7 +80,8 @@ class Predictions:
     @property
     def split(self) -> str | None:
         """The split that was judged, as the provenance has it."""
-        return self.provenance.get("data set", "").rpartition("split ")[2] or None
+        _, is_told, split = self.provenance.get("data set", "").rpartition(", split ")
+        return split if is_told else None
 
 
 def write_predictions(path: Path, predictions: Predictions) -> Path:
