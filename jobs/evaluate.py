@@ -20,7 +20,7 @@ from typing import Any
 
 from mp3d import cli
 from mp3d.actors import answers_of_actors
-from mp3d.checkpoint import Checkpoint, open_checkpoint
+from mp3d.checkpoint import MIN_STREAMING_PATIENTS, Checkpoint, open_checkpoint
 from mp3d.config import EvaluateConfig
 from mp3d.data.samples import Sample
 from mp3d.data.shard import ShardSet, open_shards
@@ -217,6 +217,8 @@ def keep_streaming_loss(
         f"{loss.mean_sensitivity:.3f} in mode {mode}, on {loss.num_key_slices} key slices of split {loss.split!r}; "
         f"whole series are read in mode {best_mode(checkpoint)} from now on"
     )
+    if loss.num_patients < MIN_STREAMING_PATIENTS:
+        print(f"note: it is of {loss.num_patients} patients; on fewer than {MIN_STREAMING_PATIENTS} it decides nothing")
 
 
 def report(

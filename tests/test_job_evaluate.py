@@ -130,6 +130,7 @@ def test_evaluating_writes_down_what_streaming_costs(slab_run: EvaluateConfig, c
     assert (found["mode"], found["checkpoint"]) == ("slab", checkpoint.digest)
     mode = "stream" if checkpoint.may_be_streamed() else "slab"
     assert f"whole series are read in mode {mode}" in said
+    assert "on fewer than 10 it decides nothing" in said
 
 
 def test_unstreamed_key_slices_lie_where_they_do_in_the_slabs_of_a_series(slab_run: EvaluateConfig):

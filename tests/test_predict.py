@@ -303,6 +303,8 @@ def test_what_was_measured_on_other_weights_does_not_count(tmp_path: Path):
     (second.path / STREAMING).write_bytes((first.path / STREAMING).read_bytes())
     assert first.may_be_streamed()
     assert not second.may_be_streamed()
+    first.record_streaming(replace(loss_of(0.8, 0.8), num_patients=9), {})
+    assert not first.may_be_streamed(), "of too few patients"
     older = {"checkpoint": first.digest, "mean_sensitivity": 0.8, "mean_sensitivity_streamed": 0.8}
     for damaged in ("torn", json.dumps(older)):  # measured on whatever split was judged
         (first.path / STREAMING).write_text(damaged)

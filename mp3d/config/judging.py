@@ -50,7 +50,7 @@ class EvaluateConfig(Config):
     streamed: bool = False
     """Also judge it streamed over whole series, and keep beside the checkpoint what that costs on the split
     ``choose_on``, against whole series in the clips of the training: where it is at most half a point of mean
-    sensitivity, a detector trained on slabs is streamed from then on.
+    sensitivity, on ten patients or more, a detector trained on slabs is streamed from then on.
     """
     choose_on: str = "val"
     """Split on which a detector's operating points are chosen and kept beside the checkpoint, whenever it is judged
