@@ -4,7 +4,7 @@
 
 For each run (a checkpoint does too) every series of the split is read in the three modes. Two findings agree if they
 lie on the same slice, overlap by IoU >= 0.9 and differ in score by less than 0.01; the table has the share of all
-findings with a score of at least 0.05 that have a partner in the other mode. What the differences cost in sensitivity
+findings with a score of at least 0.05 that have a partner in the other mode, which may lie just below 0.05. What the differences cost in sensitivity
 says ``jobs/evaluate.py --streamed``.
 """
 
@@ -34,22 +34,27 @@ def volume_of(shards: ShardSet, entry: SeriesEntry) -> Volume:
     return Volume(np.stack([decode_image(row) for row in shards.iter_rows(entry)]), np.diag([x, y, z, 1.0]))
 
 
-def num_agreeing(ours: list[Finding], theirs: list[Finding]) -> int:
-    """Findings of both that have a partner; each is the partner of one."""
-    left, found = list(theirs), 0
+def num_agreeing(ours: list[Finding], theirs: list[Finding]) -> tuple[int, int]:
+    """Findings of both with a partner, of all from the least score on. Each is the partner of one; a partner may lie
+    just below the least score.
+    """
+    left, agreeing = list(theirs), 0
     for finding in ours:
         near = [
             other
             for other in left
-            if other.slice_index == finding.slice_index and abs(other.score - finding.score) < SCORE_DIFFERENCE
+            if other.slice_index == finding.slice_index
+            and abs(other.score - finding.score) < SCORE_DIFFERENCE
+            and max(finding.score, other.score) >= LEAST_SCORE
         ]
         if not near:
             continue
         overlaps = box_iou(np.array([finding.box_px]), np.array([other.box_px for other in near]))
         if overlaps.max() >= LEAST_IOU:
-            left.remove(near[int(overlaps.argmax())])
-            found += 2
-    return found
+            partner = near[int(overlaps.argmax())]
+            left.remove(partner)
+            agreeing += (finding.score >= LEAST_SCORE) + (partner.score >= LEAST_SCORE)
+    return agreeing, sum(each.score >= LEAST_SCORE for each in [*ours, *theirs])
 
 
 def main() -> None:
@@ -73,11 +78,10 @@ def main() -> None:
         for mode in modes:
             predictor = Predictor.open(checkpoint, mode=mode)
             for entry in entries:
-                found[mode].append(predictor.find_lesions(volume_of(shards, entry), LEAST_SCORE))
+                found[mode].append(predictor.find_lesions(volume_of(shards, entry), LEAST_SCORE - SCORE_DIFFERENCE))
         for one, other in combinations(modes, 2):
             pairs = list(zip(found[one], found[other], strict=True))
-            count = sum(len(ours) + len(theirs) for ours, theirs in pairs)
-            agreeing = sum(num_agreeing(ours, theirs) for ours, theirs in pairs)
+            agreeing, count = np.sum([num_agreeing(ours, theirs) for ours, theirs in pairs], axis=0)
             share = f"{agreeing / count:.3f}" if count else "none found"
             trained = "windows" if checkpoint.config.clip.num_key_slices == 1 else "slabs"
             print(f"| {checkpoint.config.name} | {trained} | {one}, {other} | {count} | {share} |", flush=True)

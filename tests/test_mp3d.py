@@ -125,6 +125,37 @@ def test_folded_convolution_equals_conv3d(kernel, stride):
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("depth", [1, 2, 5])
+@pytest.mark.parametrize("kernel", [(3, 1, 1), (3, 3, 3), (7, 7, 7)])
+def test_the_last_slice_is_replicated_beyond_the_ends_of_every_clip(kernel, depth):
+    x = clip(2, 4, depth, 9, 6).contiguous(memory_format=torch.channels_last_3d).requires_grad_()
+    conv = Conv(4, 6, kernel).double()
+    ours = unfold(conv(fold(x), WholeClips(2, "replicate")), depth)
+    reach, height, width = (k // 2 for k in kernel)
+    padded = F.pad(x, (0, 0, 0, 0, reach, reach), mode="replicate")
+    theirs = F.conv3d(padded, conv.weight, padding=(0, height, width))
+    torch.testing.assert_close(ours, theirs)
+    for a, b in zip(
+        torch.autograd.grad(ours.square().sum(), (x, conv.weight)),
+        torch.autograd.grad(theirs.square().sum(), (x, conv.weight)),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("backbone", ["mp3d18ba", "mp3d63", "resnet3d18"])
+def test_a_clip_of_equal_slices_has_equal_features_where_its_ends_are_replicated(backbone):
+    torch.manual_seed(0)
+    x = torch.randn(1, 1, 1, 32, 32).expand(-1, -1, 9, -1, -1)
+    spread = {}
+    for padding in ("zeros", "replicate"):
+        network = build_backbone(ModelConfig(backbone=backbone, width=0.125, z_padding=padding)).eval()
+        with torch.no_grad():
+            features = network(x)[-1]
+        spread[padding] = float((features - features[:, :, 4:5]).abs().max())
+    assert spread["replicate"] < 1e-5 < 1e-2 < spread["zeros"]
+
+
 @pytest.mark.parametrize("depth", [1, 2, 3, 9])
 def test_folded_pool_equals_max_pool3d(depth):
     x = clip(2, 3, depth, 9, 6)

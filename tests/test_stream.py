@@ -17,10 +17,10 @@ BACKBONES = ["mp3d18ba", "mp3d63", "resnet3d18", "resnet3d18_v1c", "resnet3d50"]
 HEAD = DetectionHead(fpn_channels=16, box_features=32, rpn_post_nms=(50, 30), max_detections=20)
 
 
-def backbone(name: str, norm: str = "slice_gn") -> FoldedResNet:
+def backbone(name: str, norm: str = "slice_gn", z_padding: str = "zeros") -> FoldedResNet:
     """With norms that do something."""
     torch.manual_seed(0)
-    built = build_backbone(ModelConfig(backbone=name, width=0.125, norm=norm)).eval()
+    built = build_backbone(ModelConfig(backbone=name, width=0.125, norm=norm, z_padding=z_padding)).eval()
     for key, tensor in built.state_dict().items():
         if tensor.dim() == 1:
             nn.init.uniform_(tensor, *((-0.2, 0.2) if key.endswith(("mean", "bias")) else (0.5, 1.5)))
@@ -42,10 +42,11 @@ def worst(ours: Tensor, theirs: Tensor) -> float:
     return float(((ours - theirs).abs().amax((0, 1, 3, 4)) / theirs.abs().amax((0, 1, 3, 4))).max())
 
 
+@pytest.mark.parametrize("padding", ["zeros", "replicate"])
 @pytest.mark.parametrize("name", BACKBONES)
-def test_every_chunk_size_equals_one_pass_over_the_stack(name: str):
+def test_every_chunk_size_equals_one_pass_over_the_stack(name: str, padding: str):
     """In 37 slices there are inner ones that no padding reaches, and both ends."""
-    network, x = backbone(name), stack(37)
+    network, x = backbone(name, z_padding=padding), stack(37)
     with torch.inference_mode():
         expected = network(x)
         for chunk in range(1, 33):
@@ -53,10 +54,11 @@ def test_every_chunk_size_equals_one_pass_over_the_stack(name: str):
                 assert worst(ours, theirs) <= 1e-5
 
 
+@pytest.mark.parametrize("padding", ["zeros", "replicate"])
 @pytest.mark.parametrize("name", BACKBONES)
 @pytest.mark.parametrize("depth", [1, 2, 3, 8, 9, 17])
-def test_series_shorter_than_the_reach_of_the_network(name: str, depth: int):
-    network, x = backbone(name), stack(depth)
+def test_series_shorter_than_the_reach_of_the_network(name: str, depth: int, padding: str):
+    network, x = backbone(name, z_padding=padding), stack(depth)
     with torch.inference_mode():
         expected = network(x)
         for chunk in (1, 2, 5, 40):
@@ -146,9 +148,10 @@ def assert_same(ours: list[Prediction], theirs: list[Prediction]) -> None:
 
 
 @pytest.mark.parametrize("backbone", ["mp3d18ba", "resnet3d18"])
+@pytest.mark.parametrize("padding", ["zeros", "replicate"])
 @pytest.mark.parametrize("depth", [9, 10, 29])
-def test_a_streamed_detector_equals_one_clip_of_all_slices(backbone: str, depth: int):
-    model, slices = detector(backbone=backbone), series(depth)
+def test_a_streamed_detector_equals_one_clip_of_all_slices(backbone: str, depth: int, padding: str):
+    model, slices = detector(backbone=backbone, z_padding=padding), series(depth)
     with torch.inference_mode():
         expected = model([Clip(slices, tuple(range(4, depth - 4)))])
         assert all(len(prediction["scores"]) > 0 for prediction in expected)

@@ -67,6 +67,11 @@ class ModelConfig(Config):
     """Group norm with statistics per slice (ours), over the whole clip (the published one), batch norm, or batch norm
     held fixed.
     """
+    z_padding: Literal["zeros", "replicate"] = "zeros"
+    """What convolutions find beyond the ends of a clip: nothing, as published, or its first and last slice once more
+    (ours), which says less of where a clip ends: what a network learns on slabs then holds nearly unchanged in a
+    stream. For backbones that keep z.
+    """
     strides: StrideConfig = StrideConfig()
     """Of a 3D ResNet; in MP3D only the pool can be chosen."""
     to_2d: Literal["group", "dense", "centre"] | None = None
@@ -95,6 +100,8 @@ class ModelConfig(Config):
             raise ValueError("a detector needs strides of 4, 8, 16, 32 and every slice; leave strides alone")
         if self.head.kind == "segmentation" and self.backbone.startswith(("p3d", "resnet2d")):
             raise ValueError(f"{self.backbone} has no features along z; a segmenter needs an mp3d or a resnet3d")
+        if self.z_padding == "replicate" and not self.keeps_z:
+            raise ValueError(f"{self.backbone} with strides along z has no replicated slices; leave z_padding at zeros")
         if self.to_2d in ("group", "dense") and not self.keeps_z:
             raise ValueError(f"{self.backbone} leaves no slices to weight; leave to_2d unset, or centre")
         return self

@@ -34,6 +34,7 @@ def build_backbone(config: ModelConfig) -> FoldedResNet:
             backbone = build_resnet2d(depth, config.width, config.norm)
         case _:
             backbone = build_resnet3d(depth, stem or "7x7x7", config.width, config.norm, config.strides)
+    backbone.z_padding = config.z_padding
     backbone.freeze(config.frozen_stages)
     return backbone
 

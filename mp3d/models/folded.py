@@ -21,6 +21,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 NormKind = Literal["slice_gn", "gn3d", "bn", "frozen_bn"]
+ZPadding = Literal["zeros", "replicate"]
+"""What lies beyond the ends of a clip along z: nothing (published), or its first and last slice once more."""
 
 
 @dataclass(frozen=True)
@@ -48,9 +50,14 @@ class AlongZ(Protocol):
         """Slices of a clip in ``x``."""
         ...
 
-    def with_neighbours(self, x: Float[Tensor, "nd c h w"], reach: int) -> tuple[Float[Tensor, "_ c h w"], int, int]:
+    def with_neighbours(
+        self, x: Float[Tensor, "nd c h w"], reach: int, always_zeros: bool = False
+    ) -> tuple[Float[Tensor, "_ c h w"], int, int]:
         """What an operation over ``2 * reach + 1`` slices reads: the folded tensor, its slices per clip, and how many
-        slices of padding are still to be added on each side.
+        slices of zeros are still to be added on each side.
+
+        Args:
+            always_zeros: whatever the padding of the network; a maximum of what a ReLU left is the same with either.
         """
         ...
 
@@ -64,12 +71,20 @@ class WholeClips:
     """``num_clips`` clips of equal depth that are there from the first slice to the last."""
 
     num_clips: int
+    padding: ZPadding = "zeros"
 
     def depth(self, x: Float[Tensor, "nd c h w"]) -> int:
         return len(x) // self.num_clips
 
-    def with_neighbours(self, x: Float[Tensor, "nd c h w"], reach: int) -> tuple[Float[Tensor, "nd c h w"], int, int]:
-        return x, self.depth(x), reach
+    def with_neighbours(
+        self, x: Float[Tensor, "nd c h w"], reach: int, always_zeros: bool = False
+    ) -> tuple[Float[Tensor, "_ c h w"], int, int]:
+        depth = self.depth(x)
+        if self.padding == "zeros" or always_zeros:
+            return x, depth, reach
+        slices = x.permute(0, 2, 3, 1).unflatten(0, (self.num_clips, depth))
+        slices = torch.cat([slices[:, :1]] * reach + [slices] + [slices[:, -1:]] * reach, dim=1)
+        return slices.flatten(0, 1).permute(0, 3, 1, 2), depth + 2 * reach, 0
 
     def add(self, ahead: Float[Tensor, "nd c h w"], behind: Float[Tensor, "nd c h w"]) -> Float[Tensor, "nd c h w"]:
         return ahead + behind
@@ -118,7 +133,7 @@ def max_pool_z(
 
     Where no gradient is wanted, the maximum of neighbours, twice: a half to a third of the time.
     """
-    x, depth, padding = z.with_neighbours(x, reach=1)
+    x, depth, padding = z.with_neighbours(x, reach=1, always_zeros=True)
     padding = padding if padded else 0
     if stride == 1 and depth > 2 and not torch.is_grad_enabled():
         return _maximum_of_three(x.unflatten(0, (len(x) // depth, depth)), padding).flatten(0, 1)
@@ -156,7 +171,8 @@ def conv_pixels(
 
 
 class Conv(nn.Module):
-    """Bias-free convolution of a folded tensor, padded by half its kernel.
+    """Bias-free convolution of a folded tensor, padded by half its kernel: in the plane with zeros, along z as the
+    clips say.
 
     Args:
         stride: in the plane; ``z_stride``: along z.

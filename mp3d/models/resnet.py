@@ -9,7 +9,18 @@ from torch import Tensor, nn
 
 from mp3d.config import StrideConfig
 from mp3d.errors import ConfigError
-from mp3d.models.folded import AlongZ, ConvNorm, Norm, NormKind, WholeClips, fold, max_pool, max_pool_plane, unfold
+from mp3d.models.folded import (
+    AlongZ,
+    ConvNorm,
+    Norm,
+    NormKind,
+    WholeClips,
+    ZPadding,
+    fold,
+    max_pool,
+    max_pool_plane,
+    unfold,
+)
 
 STAGE_WIDTHS = (64, 128, 256, 512)
 """Middle channels of the four stages at width 1."""
@@ -68,6 +79,7 @@ class FoldedResNet(nn.Module):
         """In the plane, of the four outputs."""
         self.keeps_z = not strides.isotropic
         """Every slice has its own features, to the end."""
+        self.z_padding: ZPadding = "zeros"
         self.num_frozen_parts = 0
 
     @property
@@ -93,12 +105,12 @@ class FoldedResNet(nn.Module):
 
     def forward(self, x: Float[Tensor, "n 1 d h w"]) -> list[Float[Tensor, "n _ _ _ _"]]:
         """The outputs of stage 1 to 4."""
-        z = WholeClips(len(x))
+        z = WholeClips(len(x), self.z_padding)
         return [unfold(features, z.depth(features)) for features in self.run(fold(x), z)]
 
     def with_stem(self, x: Float[Tensor, "n 1 d h w"]) -> list[Float[Tensor, "n _ _ _ _"]]:
         """The outputs of the stem, before its pool, and of stage 1 to 4: what a decoder reads."""
-        z = WholeClips(len(x))
+        z = WholeClips(len(x), self.z_padding)
         with self._grad_unless_frozen(0):
             stem = self.stem.convolved(fold(x), z)
             x = self.stem.pooled(stem, z)

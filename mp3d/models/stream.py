@@ -2,7 +2,7 @@
 
 It is the very network, with its weights; only the answers to what it asks about z (:class:`mp3d.models.folded.AlongZ`)
 are others. A convolution over three slices finds the last two of the chunk before, and answers one slice late; where
-branches meet, the one that went ahead waits; the group transforms slide. Zeros are padded at the ends of the series
+branches meet, the one that went ahead waits; the group transforms slide. Padding is added at the ends of the series
 only. Memory is that of a chunk, however long the series.
 
 Group norm over the clip (``gn3d``) mixes all slices and cannot be streamed.
@@ -22,7 +22,7 @@ from mp3d.config import ModelConfig
 from mp3d.errors import ConfigError
 from mp3d.models.backbone import KeySliceFPN
 from mp3d.models.detector import LesionDetector
-from mp3d.models.folded import fold, unfold
+from mp3d.models.folded import ZPadding, fold, unfold
 from mp3d.models.resnet import FoldedResNet
 from mp3d.sample import Clip, Prediction
 
@@ -52,7 +52,8 @@ class SeriesStream:
     A network asks in the same order in every pass, so a place in it is known by its number.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, padding: ZPadding = "zeros") -> None:
+        self.padding = padding
         self._held: list[Tensor] = []
         self._place = 0
         self._is_first, self._is_last = True, False
@@ -65,11 +66,16 @@ class SeriesStream:
         """Raises: ConfigError, as only ``gn3d`` asks."""
         raise ConfigError(MIXES_SLICES)
 
-    def with_neighbours(self, x: Float[Tensor, "d c h w"], reach: int) -> tuple[Float[Tensor, "_ c h w"], int, int]:
+    def with_neighbours(
+        self, x: Float[Tensor, "d c h w"], reach: int, always_zeros: bool = False
+    ) -> tuple[Float[Tensor, "_ c h w"], int, int]:
         """The chunk behind what the last one left; as no clip at all while that is too little for one output."""
-        padding = x.new_zeros(reach, *x.shape[2:], x.shape[1]).permute(0, 3, 1, 2)
-        held = padding if self._is_first else self._held[self._place]
-        x = _joined([held, x, padding] if self._is_last else [held, x])
+        before = x[:0] if self._is_first else self._held[self._place]
+        if len(before) == 0 and len(x) > 0:  # the series begins: deep in a network that may not be in the first chunk
+            before = self._beyond(x[:1], reach, always_zeros)
+        x = _joined([before, x])
+        if self._is_last:
+            x = _joined([x, self._beyond(x[-1:], reach, always_zeros)])
         self._keep(x[-2 * reach :].clone())
         if len(x) <= 2 * reach:
             return x[:0], 2 * reach + 1, 0
@@ -84,6 +90,11 @@ class SeriesStream:
         behind[old:] += ahead[:new]
         self._keep(_joined([held[old:], ahead[new:]]).clone())
         return behind
+
+    def _beyond(self, end: Float[Tensor, "1 c h w"], reach: int, always_zeros: bool) -> Float[Tensor, "r c h w"]:
+        """``reach`` slices of padding behind an end of the series."""
+        padding = torch.cat([end] * reach)
+        return padding if self.padding == "replicate" and not always_zeros else torch.zeros_like(padding)
 
     def _keep(self, x: Tensor) -> None:
         """For the next pass at this place."""
@@ -111,7 +122,7 @@ def stream_backbone(
     """
     if not backbone.keeps_z:
         raise ConfigError(ONE_SLICE_OF_A_WINDOW)
-    z = SeriesStream()
+    z = SeriesStream(backbone.z_padding)
     for x, is_first, is_last in _with_ends(chunks):
         z.next_pass(is_first, is_last)
         yield backbone.run(fold(x), z)

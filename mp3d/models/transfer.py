@@ -139,12 +139,18 @@ def check_source(source: ModelConfig, target: ModelConfig) -> tuple[str, ...]:
             f"model.norm is frozen_bn, which never learns statistics, and the source has {source.norm}, which has "
             "none: take a source with batch norm, or train with slice_gn or bn"
         )
+    warnings = []
     if source.strides.pool != target.strides.pool and not target.backbone.startswith("p3d"):
-        return (
+        warnings.append(
             f"the source's features are behind a pool of {source.strides.pool}, and those of this model behind one of "
-            f"{target.strides.pool}; --model.strides.pool {source.strides.pool} keeps them the same",
+            f"{target.strides.pool}; --model.strides.pool {source.strides.pool} keeps them the same"
         )
-    return ()
+    if source.z_padding != target.z_padding:
+        warnings.append(
+            f"the source learnt with model.z_padding {source.z_padding}, and this model goes on with "
+            f"{target.z_padding}, which changes the features at the ends of a clip until it has learnt"
+        )
+    return tuple(warnings)
 
 
 def _layers(backbone: str) -> str:

@@ -38,8 +38,8 @@ def deeplesion_mp3d63_paper() -> TrainConfig:
 
 
 def deeplesion_mp3d63() -> TrainConfig:
-    """MP3D-63 on DeepLesion: slabs, group norm per slice, fitted anchors of two sizes a level, exact z interpolation;
-    300 proposals a slice in evaluation (published: 1000).
+    """MP3D-63 on DeepLesion: slabs whose ends are replicated, group norm per slice, fitted anchors of two sizes a level,
+    exact z interpolation; 300 proposals a slice in evaluation (published: 1000).
 
     python jobs/finetune.py deeplesion_mp3d63 --shards /data/deeplesion --init-from /runs/vdt_coco_mp3d63
     Data: as ``deeplesion_mp3d63_paper``.
@@ -51,6 +51,7 @@ def deeplesion_mp3d63() -> TrainConfig:
         {
             "name": "deeplesion_mp3d63",
             "model.norm": "slice_gn",
+            "model.z_padding": "replicate",
             "model.head.anchors": "fit",
             "model.head.anchor_sizes_px": HALF_OCTAVE_SIZES_PX,
             "model.head.rpn_post_nms": (1000, 300),

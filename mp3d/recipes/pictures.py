@@ -90,7 +90,12 @@ def vdt_imagenet_mp3d63() -> TrainConfig:
     Measured: nothing at this size yet.
     """
     return vdt_imagenet_r3d18_paper().override(
-        {"name": "vdt_imagenet_mp3d63", "model.backbone": "mp3d63", "model.norm": "slice_gn"}
+        {
+            "name": "vdt_imagenet_mp3d63",
+            "model.backbone": "mp3d63",
+            "model.norm": "slice_gn",
+            "model.z_padding": "replicate",
+        }
     )
 
 
@@ -112,9 +117,10 @@ def vdt_coco_mp3d63() -> TrainConfig:
         clip=PICTURE_CLIP.override({"image_size": 640}),
         augment=AugmentConfig(z_flip=0, image_sizes=(384, 448, 512, 576, 640), shuffle_planes=True),
         model=ModelConfig(
+            z_padding="replicate",
             head=DetectionHead(
                 num_classes=COCO_CLASSES, anchor_sizes_px=((32,), (64,), (128,), (256,), (512,)), score_threshold=0.001
-            )
+            ),
         ),
         optim=OptimConfig(lr_batch=16),
         loop=LoopConfig(epochs=24, batch_size=2, num_workers=8),

@@ -66,7 +66,9 @@ def synthetic_pretrain() -> TrainConfig:
         shards=f"{SYNTHETIC_WORLD}/pictures",
         clip=PICTURE_CLIP.override({"image_size": 64}),
         augment=AugmentConfig(z_flip=0, image_sizes=(), shuffle_planes=True),
-        model=ModelConfig(backbone="mp3d18ba", width=0.25, head=ClassificationHead(num_classes=8)),
+        model=ModelConfig(
+            backbone="mp3d18ba", width=0.25, z_padding="replicate", head=ClassificationHead(num_classes=8)
+        ),
         optim=OptimConfig(
             algorithm="adamw", lr=2e-3, weight_decay=0.01, schedule="cosine", warmup_steps=20, clip_grad_norm=5
         ),
@@ -87,9 +89,9 @@ def synthetic_finetune() -> TrainConfig:
     return TrainConfig(
         name="synthetic_finetune",
         shards=f"{SYNTHETIC_WORLD}/ct",
-        clip=ClipConfig(image_size=128),
+        clip=ClipConfig(image_size=128, num_key_slices=9),
         augment=AugmentConfig(image_sizes=()),
-        model=ModelConfig(backbone="mp3d18ba", width=0.25, head=SMALL_HEAD),
+        model=ModelConfig(backbone="mp3d18ba", width=0.25, z_padding="replicate", head=SMALL_HEAD),
         optim=OptimConfig(
             algorithm="adamw", lr=2e-3, weight_decay=0.01, schedule="cosine", warmup_steps=20, clip_grad_norm=10
         ),
@@ -210,6 +212,7 @@ def small_pretrain_masks() -> TrainConfig:
             "shards": "data/masks",
             "clip.image_size": 96,
             "model.backbone": "resnet3d18",
+            "model.z_padding": "zeros",
             "model.head": SegmentationHead(num_classes=80),
             "loop.batch_size": 4,
             "loop.steps_per_epoch": 60,
