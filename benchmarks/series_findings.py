@@ -4,8 +4,8 @@
 
 For each run (a checkpoint does too) every series of the split is read in the three modes. Two findings agree if they
 lie on the same slice, overlap by IoU >= 0.9 and differ in score by less than 0.01; the table has the share of all
-findings with a score of at least 0.05 that have a partner in the other mode, which may lie just below 0.05. What the differences cost in sensitivity
-says ``jobs/evaluate.py --streamed``.
+findings with a score of at least 0.05 that have a partner in the other mode, which may lie just below 0.05. What the
+differences cost in sensitivity says ``jobs/evaluate.py --streamed``.
 """
 
 import argparse

@@ -85,7 +85,7 @@ def pipeline(plan: Plan, out: Path, *, cpus: int) -> Path:
     job("finetune", finetune, "--shards", ct, "--init-from", runs / pretrain, *where)
     report = out / "report"
     job(
-        "evaluate", "--checkpoint", runs / finetune, "--shards", ct, "--out", report, "--ablations",
+        "evaluate", "--checkpoint", runs / finetune, "--shards", ct, "--out", report, "--ablations", "--streamed",
         "--cpus-per-worker", cpus,
     )  # fmt: skip
     with endpoint(runs / finetune, out / "serve.log") as url:

@@ -95,6 +95,7 @@ def test_an_isotropic_classifier_learns():
         ),
         ({"backbone": "resnet3d18", "strides": {"isotropic": True}}, "a detector needs strides of 4, 8, 16, 32"),
         ({"backbone": "resnet2d50", "to_2d": "dense"}, "resnet2d50 leaves no slices to weight"),
+        ({"backbone": "p3d63", "z_padding": "replicate"}, "z_padding replicate is for networks that keep z, not p3d63"),
         ({"strides": {"isotropic": True, "pool": "1x3x3"}}, "isotropic strides halve z in the pool too"),
     ],
 )

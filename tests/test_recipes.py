@@ -97,15 +97,17 @@ def test_pretraining_reads_three_planes_in_random_order(recipe: Recipe):
 
 
 @pytest.mark.parametrize("recipe", DETECTORS, ids=lambda recipe: recipe.__name__)
-def test_large_detectors_train_on_slabs_but_the_published_one(recipe: Recipe):
+def test_detectors_train_on_slabs_with_replicated_ends_but_the_published_ones(recipe: Recipe):
     config = recipe()
     if recipe.__name__.endswith("_paper"):
         assert config.optim.lr_batch == config.loop.batch_size * config.loop.num_workers == 16
         assert (config.clip.num_key_slices, config.clip.depth, config.model.norm) == (1, 9, "gn3d")
-    elif not config.model.keeps_z or recipe.__name__.startswith(("synthetic_", "small_")):
+        assert config.model.z_padding == "zeros"
+    elif not config.model.keeps_z:
         assert config.clip.num_key_slices == 1
     else:
         assert (config.clip.num_key_slices, config.clip.depth) == (9, 17)
+        assert config.model.z_padding == "replicate"
         assert config.model.norm == ("frozen_bn" if recipe.__name__.endswith(("i3d18", "acs18")) else "slice_gn")
 
 

@@ -126,6 +126,12 @@ def test_the_same_layers_may_have_another_name_stem_or_norm():
     assert check_source(ModelConfig(norm="bn"), ModelConfig(norm="frozen_bn")) == ()
 
 
+def test_other_ends_of_clips_are_told():
+    (warning,) = check_source(ModelConfig(), ModelConfig(z_padding="replicate"))
+    assert "learnt with model.z_padding zeros, and this model goes on with replicate" in warning
+    assert check_source(ModelConfig(z_padding="replicate"), ModelConfig(z_padding="replicate")) == ()
+
+
 def test_another_pool_is_told():
     planar = ModelConfig(strides=StrideConfig(pool="1x3x3"))
     (warning,) = check_source(planar, ModelConfig())

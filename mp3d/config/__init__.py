@@ -101,7 +101,7 @@ class ModelConfig(Config):
         if self.head.kind == "segmentation" and self.backbone.startswith(("p3d", "resnet2d")):
             raise ValueError(f"{self.backbone} has no features along z; a segmenter needs an mp3d or a resnet3d")
         if self.z_padding == "replicate" and not self.keeps_z:
-            raise ValueError(f"{self.backbone} with strides along z has no replicated slices; leave z_padding at zeros")
+            raise ValueError(f"z_padding replicate is for networks that keep z, not {self.backbone} here; take zeros")
         if self.to_2d in ("group", "dense") and not self.keeps_z:
             raise ValueError(f"{self.backbone} leaves no slices to weight; leave to_2d unset, or centre")
         return self

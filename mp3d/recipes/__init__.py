@@ -1,8 +1,8 @@
 """Named, complete configurations. A recipe is a function; a variant is a recipe with fields changed on the command
 line; ``NAME_smoke`` is the recipe NAME at smoke size.
 
-Recipes named ``..._paper`` keep the published choices: windows of nine slices, 3D group norm, zeros beyond the ends of a
-clip, the authors' anchors and schedule. The other detectors train on slabs with group norm per slice and replicated
+Recipes named ``..._paper`` keep the published choices: windows of nine slices, 3D group norm, zeros beyond the ends of
+a clip, the authors' anchors and schedule. The other detectors train on slabs with group norm per slice and replicated
 ends, so that a series can be inferred at once.
 
 A docstring has the command and the data that it needs; the cost, which is that of all layers with weights, forward and

@@ -38,7 +38,7 @@ def deeplesion_mp3d63_paper() -> TrainConfig:
 
 
 def deeplesion_mp3d63() -> TrainConfig:
-    """MP3D-63 on DeepLesion: slabs whose ends are replicated, group norm per slice, fitted anchors of two sizes a level,
+    """MP3D-63 on DeepLesion: slabs with replicated ends, group norm per slice, fitted anchors of two sizes a level,
     exact z interpolation; 300 proposals a slice in evaluation (published: 1000).
 
     python jobs/finetune.py deeplesion_mp3d63 --shards /data/deeplesion --init-from /runs/vdt_coco_mp3d63
