@@ -8,7 +8,6 @@ the end of an epoch goes on exactly as one that was not.
 """
 
 import json
-import math
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable
 from dataclasses import asdict, replace
@@ -24,7 +23,7 @@ from torch import Tensor
 from mp3d.checkpoint import Checkpoint, open_checkpoint, pack_optimizer, save_checkpoint, unpack_optimizer
 from mp3d.config import TrainConfig
 from mp3d.data.batches import Batch, ClipDataset, batched, evaluation_batches, training_loader
-from mp3d.data.samples import Sample, annotated_samples, classified_samples, masked_samples, tile_samples
+from mp3d.data.samples import Sample, annotated_samples, classified_samples, masked_samples, spread, tile_samples
 from mp3d.data.shard import ShardSet, cached, open_shards
 from mp3d.data.stream import Stream
 from mp3d.data.survey import read_image_labels
@@ -223,7 +222,7 @@ def validation_samples(config: TrainConfig, shards: ShardSet) -> list[Sample]:
             samples = tile_samples(shards, "val", config.clip)
         case "segmentation":
             samples, _ = masked_samples(shards, "val", config.clip)
-    return samples[:: math.ceil(len(samples) / (config.loop.max_validation_clips or len(samples)))]
+    return spread(samples, config.loop.max_validation_clips)
 
 
 def start(config: TrainConfig, session: Session, steps_per_epoch: int) -> Run:
