@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 NormKind = Literal["slice_gn", "gn3d", "bn", "frozen_bn"]
 ZPadding = Literal["zeros", "replicate"]
-"""What lies beyond the ends of a clip along z: nothing (published), or its first and last slice once more."""
+"""What lies beyond the ends of a clip along z: zeros (published), or its first and last slice once more."""
 
 
 @dataclass(frozen=True)

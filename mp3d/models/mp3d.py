@@ -4,7 +4,8 @@ A 3D kernel is split into S (1 x 3 x 3, in the slice) and T (3 x 1 x 1, along z)
 S and T are joined; the kind is ``"ABC"[i % 3]`` for the i-th block of the whole network, so MP3D-63 runs ABC / ABCA /
 BCABCA / BCA. Rows and columns are halved by the first convolution of stages 2, 3 and 4; slices never.
 
-Differs from the paper: group norm may take its statistics per slice (``slice_gn``), with the same weights.
+Differs from the paper: group norm may take its statistics per slice (``slice_gn``), and the first and last slice may be
+replicated beyond the ends of a clip (``z_padding``), with the same weights.
 """
 
 from typing import Literal
