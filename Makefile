@@ -32,7 +32,7 @@ demo: $(READY) ## the whole pipeline on this machine; DATA=<folder> takes real d
 test: $(READY) ## every test but the long ones, in two processes
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not acceptance and not chaos"
 
-acceptance: $(READY) ## the tests with full counts
+acceptance: $(READY) chaos ## the tests with full counts, after those of chaos
 	@$(BIN)/python -m pytest -m "acceptance"
 
 chaos: $(READY) ## faults in training: killed workers, drivers and nodes, full disks
