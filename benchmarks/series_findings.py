@@ -34,9 +34,9 @@ def volume_of(shards: ShardSet, entry: SeriesEntry) -> Volume:
     return Volume(np.stack([decode_image(row) for row in shards.iter_rows(entry)]), np.diag([x, y, z, 1.0]))
 
 
-def num_agreeing(ours: list[Finding], theirs: list[Finding]) -> tuple[int, int]:
-    """Findings of both with a partner, of all from the least score on. Each is the partner of one; a partner may lie
-    just below the least score.
+def count_agreeing(ours: list[Finding], theirs: list[Finding]) -> tuple[int, int]:
+    """How many findings of both, from the least score on, have a partner, and how many there are. Each is the partner
+    of one; a partner may lie just below the least score.
     """
     left, agreeing = list(theirs), 0
     for finding in ours:
@@ -81,7 +81,7 @@ def main() -> None:
                 found[mode].append(predictor.find_lesions(volume_of(shards, entry), LEAST_SCORE - SCORE_DIFFERENCE))
         for one, other in combinations(modes, 2):
             pairs = list(zip(found[one], found[other], strict=True))
-            agreeing, count = np.sum([num_agreeing(ours, theirs) for ours, theirs in pairs], axis=0)
+            agreeing, count = np.sum([count_agreeing(ours, theirs) for ours, theirs in pairs], axis=0)
             share = f"{agreeing / count:.3f}" if count else "none found"
             trained = "windows" if checkpoint.config.clip.num_key_slices == 1 else "slabs"
             print(f"| {checkpoint.config.name} | {trained} | {one}, {other} | {count} | {share} |", flush=True)

@@ -68,9 +68,9 @@ class ModelConfig(Config):
     held fixed.
     """
     z_padding: Literal["zeros", "replicate"] = "zeros"
-    """What convolutions find beyond the ends of a clip: nothing, as published, or its first and last slice once more
-    (ours), which says less of where a clip ends: what a network learns on slabs then holds nearly unchanged in a
-    stream. For backbones that keep z.
+    """What the backbone's convolutions find beyond the ends of a clip: zeros (published), or its first and last slice
+    once more (ours), which says less of where a clip ends, so that slabs and streams have more findings in common. For
+    backbones that keep z.
     """
     strides: StrideConfig = StrideConfig()
     """Of a 3D ResNet; in MP3D only the pool can be chosen."""

@@ -80,6 +80,7 @@ class FoldedResNet(nn.Module):
         self.keeps_z = not strides.isotropic
         """Every slice has its own features, to the end."""
         self.z_padding: ZPadding = "zeros"
+        """Beyond the ends of a clip, or of a stream."""
         self.num_frozen_parts = 0
 
     @property
