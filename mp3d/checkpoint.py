@@ -277,13 +277,21 @@ def _check_place(found: Checkpoint) -> None:
     if found.path.name != epoch_directory(found.epoch):
         raise CheckpointError(f"{found.path} holds the checkpoint of epoch {found.epoch}: it was swapped")
     try:
-        known = json.loads((found.path.parent / RUN).read_text())
-        known = {name: value for name, value in known.items() if name in TrainConfig.model_fields}
-        identity = TrainConfig.model_validate(known).identity()  # with the fields that came into being since
+        identity = identity_of(json.loads((found.path.parent / RUN).read_text()))
     except (OSError, ValueError, AttributeError):
         return  # a folder that nobody has claimed
     if differing := list(differences(identity, found.config.identity())):
         raise CheckpointError(f"{found.path} is of another run ({'; '.join(differing)}): it was swapped")
+
+
+def identity_of(known: dict[str, Any]) -> dict[str, Any]:
+    """That of a stored run, with the defaults of the fields that came into being since it was written.
+
+    Raises:
+        ValueError: the configuration of no run, or of one of a later version.
+    """
+    fields = {name: value for name, value in known.items() if name in TrainConfig.model_fields}
+    return TrainConfig.model_validate(fields).identity()
 
 
 def differences(known: dict[str, Any], given: dict[str, Any], prefix: str = "") -> Iterator[str]:

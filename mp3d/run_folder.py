@@ -33,6 +33,7 @@ from mp3d.checkpoint import (
     checkpoints_of,
     differences,
     epoch_directory,
+    identity_of,
     open_checkpoint,
     score_of,
     sync_to_disk,
@@ -105,7 +106,7 @@ def check_name(folder: Path, file: str, name: str, identity: dict[str, Any]) -> 
     if not path.exists():
         return
     try:
-        known = json.loads(path.read_text())
+        known = _completed(json.loads(path.read_text()))
         differing = list(differences(known, identity))
     except (OSError, ValueError, AttributeError) as error:
         raise ConfigError(f"{path} cannot be read ({error}); remove {folder}, or give another --name") from error
@@ -114,6 +115,16 @@ def check_name(folder: Path, file: str, name: str, identity: dict[str, Any]) -> 
             f"{name!r} exists with another configuration ({'; '.join(differing)}); "
             f"give this one another --name, or remove {folder}"
         )
+
+
+def _completed(known: dict[str, Any]) -> dict[str, Any]:
+    """What a name stands for, a run or a sweep over one, with the fields that came into being since."""
+    try:
+        if "base" in known:  # of a sweep
+            return known | {"base": known["base"] | identity_of(known["base"])}
+        return known | identity_of(known)
+    except ValueError:
+        return known  # of another version: the differences tell
 
 
 @contextmanager

@@ -183,6 +183,19 @@ def test_other_shards_under_the_same_path_are_another_run(tmp_path: Path):
         claim(tmp_path, CONFIG, "two")
 
 
+@pytest.mark.parametrize("is_sweep", [False, True])
+def test_a_run_begun_before_a_field_existed_has_its_default(is_sweep: bool, tmp_path: Path):
+    identity = run_identity(CONFIG, "one")
+    old = json.loads(json.dumps(identity))
+    del old["model"]["z_padding"], old["model"]["transform_taps"], old["loop"]["ema_decay"]
+    changed = run_identity(CONFIG.override({"model.z_padding": "replicate"}), "one")
+    old, identity, changed = ({"lr": 1, "base": each} if is_sweep else each for each in (old, identity, changed))
+    (tmp_path / "run.json").write_text(json.dumps(old))
+    check_name(tmp_path, "run.json", "a", identity)
+    with pytest.raises(ConfigError, match="model.z_padding was 'zeros', is 'replicate'"):
+        check_name(tmp_path, "run.json", "a", changed)
+
+
 def test_a_damaged_name_is_refused_and_kept(tmp_path: Path):
     for damaged in (b"{", b"\xff", b"[]"):
         (tmp_path / "run.json").write_bytes(damaged)
