@@ -11,6 +11,7 @@ from mp3d.config import BackboneName, ClassificationHead, ClipConfig, ModelConfi
 from mp3d.errors import ConfigError
 from mp3d.models import build_model
 from mp3d.models.backbone import KeySliceFPN, build_backbone, build_neck
+from mp3d.models.folded import GroupNorm
 from mp3d.models.stream import stream_backbone, stream_pyramids
 from tests.test_mp3d import clip
 
@@ -43,14 +44,17 @@ def test_the_config_knows_whether_z_is_kept(name: BackboneName):
         assert build_backbone(model).keeps_z == model.keeps_z == (name == "resnet3d18" and not isotropic)
 
 
-def pyramids(to_2d: str) -> tuple[KeySliceFPN, Tensor]:
-    neck = build_neck(ModelConfig(backbone="mp3d18ba", width=0.125, to_2d=to_2d), taps=5, fpn_channels=8)
+def pyramids(to_2d: str | None, transform_taps: int | None = None) -> tuple[KeySliceFPN, Tensor]:
+    model = ModelConfig(backbone="mp3d18ba", width=0.125, to_2d=to_2d, transform_taps=transform_taps)
+    neck = build_neck(model, taps=5, fpn_channels=8)
     return neck.double().eval(), clip(1, 1, 14, 32, 32)
 
 
-@pytest.mark.parametrize("to_2d", ["group", "dense", "centre"])
-def test_a_stream_gives_the_maps_of_the_whole_stack(to_2d: str):
-    neck, x = pyramids(to_2d)
+@pytest.mark.parametrize(
+    ("to_2d", "transform_taps"), [("group", None), ("group", 3), ("dense", None), ("dense", 1), ("centre", None)]
+)
+def test_a_stream_gives_the_maps_of_the_whole_stack(to_2d: str, transform_taps: int | None):
+    neck, x = pyramids(to_2d, transform_taps)
     with torch.no_grad():
         slab = neck(x, [range(2, 12)])
         streamed = list(stream_pyramids(neck, x.split(4, dim=2), at_once=3))
@@ -66,6 +70,36 @@ def test_what_makes_features_2d_is_a_choice():
     widths = [8, 16, 32, 64]
     assert counts == {"group": 5 * sum(widths), "dense": 5 * sum(width**2 for width in widths), "centre": 0}
     assert isinstance(pyramids(None)[0], KeySliceFPN)
+
+
+def test_fewer_taps_are_all_of_them_with_zeros_outside():
+    few, x = pyramids("group", 3)
+    all_of_them, _ = pyramids("group")
+    state = few.state_dict()
+    for level in range(4):
+        name = f"group_transforms.{level}.weight"
+        state[name] = torch.nn.functional.pad(state[name], (0, 0, 0, 0, 1, 1))
+    all_of_them.load_state_dict(state)
+    with torch.no_grad():
+        for maps, wanted in zip(few(x, [(4, 6)]).values(), all_of_them(x, [(4, 6)]).values(), strict=True):
+            torch.testing.assert_close(maps, wanted)
+    with pytest.raises(ValueError, match="key slice 1 of clip 0 needs 2 slices on each side"):
+        few(x, [(1,)])
+
+
+@pytest.mark.parametrize("shape", [(6, 64, 20, 24), (3, 16, 30, 30), (2, 64, 9, 100)])
+def test_the_group_norm_of_a_gpu_is_that_of_a_cpu(shape: tuple[int, ...]):
+    torch.manual_seed(0)
+    norm = GroupNorm(8, shape[1])
+    torch.nn.init.normal_(norm.weight)
+    torch.nn.init.normal_(norm.bias)
+    x = (torch.randn(shape) * 3 + 5).to(memory_format=torch.channels_last)
+    with torch.no_grad():
+        torch.testing.assert_close(norm.by_channels(x), norm(x), atol=1e-5, rtol=1e-5)
+        rounded = norm.by_channels(x.bfloat16())
+        assert rounded.dtype is torch.bfloat16
+        assert rounded.is_contiguous(memory_format=torch.channels_last)
+        assert (rounded - norm(x)).norm() < 0.01 * norm(x).norm()
 
 
 def test_isotropic_strides_cannot_be_streamed():
@@ -96,12 +130,20 @@ def test_an_isotropic_classifier_learns():
         ({"backbone": "resnet3d18", "strides": {"isotropic": True}}, "a detector needs strides of 4, 8, 16, 32"),
         ({"backbone": "resnet2d50", "to_2d": "dense"}, "resnet2d50 leaves no slices to weight"),
         ({"backbone": "p3d63", "z_padding": "replicate"}, "z_padding replicate is for networks that keep z, not p3d63"),
+        ({"transform_taps": 4}, "transform_taps is 4; it must be odd"),
+        ({"transform_taps": 3, "to_2d": "centre"}, "nothing to weight; leave transform_taps unset"),
+        ({"transform_taps": 3, "backbone": "p3d63"}, "nothing to weight; leave transform_taps unset"),
         ({"strides": {"isotropic": True, "pool": "1x3x3"}}, "isotropic strides halve z in the pool too"),
     ],
 )
 def test_what_cannot_be_chosen_is_refused(changes: dict, message: str):
     with pytest.raises(ValidationError, match=message):
         ModelConfig(**changes)
+
+
+def test_no_more_slices_are_weighted_than_a_window_has():
+    with pytest.raises(ConfigError, match="transform_taps is 5, above clip.num_slices, which is 3"):
+        build_model(ModelConfig(transform_taps=5), ClipConfig(num_slices=3))
 
 
 def test_the_2d_network_reads_three_slices():

@@ -78,6 +78,10 @@ class ModelConfig(Config):
     """How the slices around a key slice become one map: a weight per channel and slice (the group transform), a full
     convolution over them, or the key slice alone. None: group where a backbone keeps z, else centre, the only choice.
     """
+    transform_taps: PositiveInt | None = None
+    """How many of the slices around a key slice the transform weights, an odd number; the others are seen through the
+    convolutions along z alone, so that the ends of a slab say less. None: all of a window (published).
+    """
     frozen_stages: Annotated[int, Field(ge=-1, le=4)] = -1
     """-1 trains everything, 0 freezes the stem, k also stages 1..k (the authors' counting)."""
     head: Annotated[DetectionHead | ClassificationHead | SegmentationHead, Field(discriminator="kind")] = (
@@ -104,6 +108,12 @@ class ModelConfig(Config):
             raise ValueError(f"z_padding replicate is for networks that keep z, not {self.backbone} here; take zeros")
         if self.to_2d in ("group", "dense") and not self.keeps_z:
             raise ValueError(f"{self.backbone} leaves no slices to weight; leave to_2d unset, or centre")
+        if self.transform_taps is not None and (self.to_2d == "centre" or not self.keeps_z):
+            raise ValueError(
+                "the key slice alone is taken here, so there is nothing to weight; leave transform_taps unset"
+            )
+        if self.transform_taps is not None and self.transform_taps % 2 == 0:
+            raise ValueError(f"transform_taps is {self.transform_taps}; it must be odd, the key slice in its middle")
         return self
 
 

@@ -15,7 +15,7 @@ def build_model(model: ModelConfig, clip: ClipConfig) -> LesionDetector | ClipCl
     """The model of a config, freshly initialised, in training mode, on the default device.
 
     Raises:
-        ConfigError: a backbone that cannot read clips of this depth, or a width that leaves no channel.
+        ConfigError: a model that cannot read clips of this depth, or a width that leaves no channel.
     """
     check_depth(model, clip)
     match model.head:
@@ -28,11 +28,16 @@ def build_model(model: ModelConfig, clip: ClipConfig) -> LesionDetector | ClipCl
 
 
 def check_depth(model: ModelConfig, clip: ClipConfig) -> None:
-    """Raises: ConfigError where a backbone cannot read clips of this depth."""
+    """Raises: ConfigError where a model cannot read clips of this depth."""
     if model.backbone.startswith("p3d") and clip.num_slices < MIN_DEPTH:
         raise ConfigError(
             f"clip.num_slices is {clip.num_slices}: {model.backbone} pools z away and needs at least {MIN_DEPTH}; "
             "take the mp3d of the same depth, whose weights it can start from"
+        )
+    if model.transform_taps is not None and model.transform_taps > clip.num_slices:
+        raise ConfigError(
+            f"model.transform_taps is {model.transform_taps}, above clip.num_slices, which is {clip.num_slices}; "
+            "leave it unset to weight all slices of a window"
         )
     if model.backbone.startswith("resnet2d") and clip.num_slices != PLANES_OF_A_PICTURE:
         raise ConfigError(

@@ -47,6 +47,7 @@ class KeySliceFPN(nn.Module):
         taps: slices that a key slice is judged by.
         fpn_channels: channels of every map.
         to_2d: what makes one map of them.
+        transform_taps: how many of them the transform weights, those in the middle; None: all.
     """
 
     def __init__(
@@ -55,14 +56,16 @@ class KeySliceFPN(nn.Module):
         taps: int,
         fpn_channels: int,
         to_2d: Literal["group", "dense", "centre"] = "group",
+        transform_taps: int | None = None,
     ) -> None:
         super().__init__()
         self.backbone, self.taps = backbone, taps
+        weighted = transform_taps or taps
         match to_2d:
             case "group":
-                transforms = [GroupTransform(channels, taps) for channels in backbone.out_channels]
+                transforms = [GroupTransform(channels, weighted) for channels in backbone.out_channels]
             case "dense":
-                transforms = [DenseTransform(channels, taps) for channels in backbone.out_channels]
+                transforms = [DenseTransform(channels, weighted) for channels in backbone.out_channels]
             case "centre":
                 transforms = [CentreSlice(taps) for _ in backbone.out_channels]
         self.group_transforms = nn.ModuleList(transforms)
@@ -72,7 +75,12 @@ class KeySliceFPN(nn.Module):
     def forward(
         self, x: Float[Tensor, "n 1 d h w"], key_slices: KeySlices
     ) -> OrderedDict[str, Float[Tensor, "k c _ _"]]:
-        """Maps of all key slices, in clip order; ``key_slices`` lists them for each clip."""
+        """Maps of all key slices, in clip order; ``key_slices`` lists them for each clip.
+
+        Raises:
+            ValueError: a key slice with fewer than ``taps // 2`` slices on a side.
+        """
+        check_key_slices(key_slices, self.taps, depth=x.shape[2])
         maps = OrderedDict()
         for level, (transform, features) in enumerate(zip(self.group_transforms, self.backbone(x), strict=True)):
             maps[str(level)] = transform(features, key_slices)
@@ -130,5 +138,5 @@ def build_neck(config: ModelConfig, taps: int, fpn_channels: int) -> KeySliceFPN
     """
     backbone = build_backbone(config)
     if backbone.keeps_z:
-        return KeySliceFPN(backbone, taps, fpn_channels, config.to_2d or "group")
+        return KeySliceFPN(backbone, taps, fpn_channels, config.to_2d or "group", config.transform_taps)
     return WindowFPN(backbone, taps, fpn_channels)
