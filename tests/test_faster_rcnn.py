@@ -5,11 +5,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torchvision.models.detection.image_list import ImageList
+from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.models.detection.rpn import RegionProposalNetwork
 from torchvision.ops import box_iou, roi_align
 
 from mp3d.config import DetectionHead
-from mp3d.models.faster_rcnn import BoxPredictor, LesionRoIHeads, LesionRPN, MaxIoUMatcher, PyramidRoIAlign
+from mp3d.models import faster_rcnn
+from mp3d.models.faster_rcnn import (
+    BoxPredictor,
+    LesionRoIHeads,
+    LesionRPN,
+    MaxIoUMatcher,
+    PyramidRoIAlign,
+    kept_by_nms,
+)
 
 HEAD = DetectionHead(fpn_channels=4, box_features=8, rpn_post_nms=(30, 20))
 
@@ -144,8 +153,10 @@ def test_the_losses_of_the_boxes_are_of_their_own_class(beta: float):
 
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("wanted", [3, 40, 1000])
-def test_proposals_are_torchvisions(seed: int, wanted: int):
-    """Hundreds of overlapping boxes on three levels, some of them out of the picture, some without an extent."""
+def test_proposals_are_torchvisions(seed: int, wanted: int, monkeypatch: pytest.MonkeyPatch):
+    """Hundreds of overlapping boxes on three levels, some of them out of the picture, some without an extent; by the
+    loop of a CPU and by the large kernels of a GPU, there with pictures on their own.
+    """
     rpn = LesionRPN(HEAD.model_copy(update={"rpn_pre_nms": (200, 200), "rpn_post_nms": (wanted, wanted)})).eval()
     per_level = [400, 150, 50]
     given = torch.stack([boxes(600, seed), boxes(600, seed + 100)]) - 10
@@ -153,9 +164,40 @@ def test_proposals_are_torchvisions(seed: int, wanted: int):
     logits = torch.randn(1200, 1, generator=torch.Generator().manual_seed(seed))
     sizes = [(128, 128), (100, 90)]
     theirs = RegionProposalNetwork.filter_proposals(rpn, given, logits, sizes, per_level)
-    for ours, wanted_ones in zip(rpn.filter_proposals(given, logits, sizes, per_level), theirs, strict=True):
-        assert all(map(torch.equal, ours, wanted_ones))
+    monkeypatch.setattr(faster_rcnn, "LARGEST_OVERLAP_TABLE", 200 * 200)
+    candidates = rpn._get_top_n_idx(logits.view(2, -1), per_level)
+    at_once = rpn._filtered_at_once(given, logits.view(2, -1).sigmoid(), candidates, sizes, per_level)
+    for found in (rpn.filter_proposals(given, logits, sizes, per_level), at_once):
+        for ours, wanted_ones in zip(found, theirs, strict=True):
+            assert all(map(torch.equal, ours, wanted_ones))
     assert len(theirs[0][0]) <= wanted
+
+
+def test_a_chain_of_boxes_is_kept_every_other_one():
+    """Each overlaps the next: what a box suppresses is suppressed itself, forty times over."""
+    chain = torch.arange(40.0)[:, None] * torch.tensor([3.0, 0, 3, 0]) + torch.tensor([0.0, 0, 10, 10])
+    usable = torch.ones(2, 40, dtype=torch.bool)
+    usable[1, 0] = False
+    kept = kept_by_nms(torch.stack([chain, chain]), usable, 0.5)
+    assert kept[0].nonzero()[:, 0].tolist() == list(range(0, 40, 2))
+    assert kept[1].nonzero()[:, 0].tolist() == list(range(1, 40, 2))
+
+
+@pytest.mark.parametrize("num_classes", [1, 3])
+@pytest.mark.parametrize("limit", [5, 1000])
+def test_findings_are_torchvisions(num_classes: int, limit: int):
+    """Of three pictures of their own sizes, one without a proposal."""
+    heads = LesionRoIHeads(HEAD.override({"num_classes": num_classes, "max_detections": limit})).eval()
+    torch.manual_seed(num_classes)
+    proposals = [boxes(300, 1) - 10, boxes(0, 2), boxes(100, 3)]
+    logits, deltas = 2 * torch.randn(400, num_classes + 1), F.pad(torch.randn(400, 4 * num_classes), (4, 0))
+    sizes = [(128, 128), (64, 64), (100, 90)]
+    theirs = RoIHeads.postprocess_detections(heads, logits, deltas, proposals, sizes)
+    ours = heads.postprocess_detections(logits, deltas, proposals, sizes)
+    for found, wanted in zip(ours, theirs, strict=True):
+        assert len(found) == 3
+        assert all(map(torch.equal, found, wanted))
+    assert 0 < len(ours[0][0]) <= limit
 
 
 def test_proposals_and_samples_are_as_many_as_configured():

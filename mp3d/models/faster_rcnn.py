@@ -32,6 +32,12 @@ from mp3d.models.key_slice_sampler import KeySliceSampler
 from mp3d.models.roi_align import ROI_SIZE, ROI_STRIDES, bag_roi_align
 
 Boxes = Float[Tensor, "b 4"]
+LARGEST_OVERLAP_TABLE = 2**25
+"""Most overlaps of boxes in memory at a time, some 20 bytes each for a moment."""
+SMALLEST_SIDE_PX = 1e-2
+"""Of a box that is found; torchvision's."""
+ROUNDS_BETWEEN_LOOKS = 4
+"""Looking whether anything changed waits for a GPU."""
 
 
 class Float32RPNHead(RPNHead):
@@ -81,6 +87,34 @@ def best_after_nms(
         tried *= 2
 
 
+def kept_by_nms(boxes: Float[Tensor, "k b 4"], usable: Bool[Tensor, "k b"], iou: float) -> Bool[Tensor, "k b"]:
+    """Which of ``k`` lists of boxes, each in descending order of scores, non-maximum suppression keeps of the usable.
+
+    A box is kept if no kept one before it overlaps it by more than ``iou``. Said of all boxes at once and again until
+    nothing changes, this is the greedy answer: after n rounds the first n boxes have theirs for good.
+    """
+    kept = []
+    at_once = max(LARGEST_OVERLAP_TABLE // max(boxes.shape[1], 1) ** 2, 1)
+    for some, good in zip(boxes.split(at_once), usable.split(at_once), strict=True):
+        suppresses = (overlaps_within(some) > iou).triu(1).float()
+        kept_now, before = good, torch.zeros_like(good)
+        while not torch.equal(kept_now, before):
+            for _ in range(ROUNDS_BETWEEN_LOOKS):
+                before = kept_now
+                kept_now = good & (torch.bmm(before[:, None].float(), suppresses)[:, 0] == 0)
+        kept.append(kept_now)
+    return torch.cat(kept)
+
+
+def overlaps_within(boxes: Float[Tensor, "k b 4"]) -> Float[Tensor, "k b b"]:
+    """IoU of all pairs of a list."""
+    x1, y1, x2, y2 = boxes.unbind(2)
+    areas = (x2 - x1) * (y2 - y1)
+    common = torch.minimum(x2[:, :, None], x2[:, None]).sub_(torch.maximum(x1[:, :, None], x1[:, None])).clamp_(min=0)
+    common *= torch.minimum(y2[:, :, None], y2[:, None]).sub_(torch.maximum(y1[:, :, None], y1[:, None])).clamp_(min=0)
+    return common / (areas[:, :, None] + areas[:, None] - common)
+
+
 class LesionRPN(RegionProposalNetwork):
     """torchvision's region proposal network with the rules above.
 
@@ -122,11 +156,13 @@ class LesionRPN(RegionProposalNetwork):
         image_shapes: list[tuple[int, int]],
         num_anchors_per_level: list[int],
     ) -> tuple[list[Boxes], list[Float[Tensor, " p"]]]:
-        """Boxes and scores of every picture after non-maximum suppression, best first; torchvision's, but that it ends
-        with the last box that is wanted.
+        """Boxes and scores of every picture after non-maximum suppression, best first; torchvision's, but that a CPU
+        ends with the last box that is wanted, and a GPU does all pictures at once.
         """
         logits = objectness.detach().reshape(len(proposals), -1)
         candidates = self._get_top_n_idx(logits, num_anchors_per_level)
+        if logits.device.type != "cpu":
+            return self._filtered_at_once(proposals, logits.sigmoid(), candidates, image_shapes, num_anchors_per_level)
         level_ends = torch.tensor(num_anchors_per_level, device=logits.device).cumsum(0)
         boxes, scores = [], []
         for every, scored, best, size in zip(proposals, logits.sigmoid(), candidates, image_shapes, strict=True):
@@ -139,6 +175,33 @@ class LesionRPN(RegionProposalNetwork):
             boxes.append(inside[kept])
             scores.append(scored[best[kept]])
         return boxes, scores
+
+    def _filtered_at_once(
+        self,
+        proposals: Float[Tensor, "k a 4"],
+        scores: Float[Tensor, "k a"],
+        candidates: Int64[Tensor, "k t"],
+        image_shapes: list[tuple[int, int]],
+        num_anchors_per_level: list[int],
+    ) -> tuple[list[Boxes], list[Float[Tensor, " p"]]]:
+        """The same in a few large kernels, where a loop over pictures would wait for each of many small ones."""
+        scores = scores.gather(1, candidates)
+        heights, widths = proposals.new_tensor(image_shapes)[:, :, None].unbind(1)
+        x1, y1, x2, y2 = proposals.gather(1, candidates[:, :, None].expand(-1, -1, 4)).unbind(2)
+        x1, x2 = (x.clamp(min=0).minimum(widths) for x in (x1, x2))
+        y1, y2 = (y.clamp(min=0).minimum(heights) for y in (y1, y2))
+        boxes = torch.stack([x1, y1, x2, y2], 2)
+        good = (x2 - x1 >= self.min_size) & (y2 - y1 >= self.min_size) & (scores >= self.score_thresh)
+        sizes = [min(self.pre_nms_top_n(), count) for count in num_anchors_per_level]
+        levels = zip(boxes.split(sizes, 1), good.split(sizes, 1), strict=True)
+        kept = torch.cat([kept_by_nms(each, usable, self.nms_thresh) for each, usable in levels], 1)
+        order = scores.masked_fill(~kept, -1).argsort(dim=1, descending=True, stable=True)[:, : self.post_nms_top_n()]
+        counts = kept.sum(1).clamp(max=order.shape[1]).tolist()
+        boxes, scores = boxes.gather(1, order[:, :, None].expand(-1, -1, 4)), scores.gather(1, order)
+        return (
+            [each[:count] for each, count in zip(boxes, counts, strict=True)],
+            [each[:count] for each, count in zip(scores, counts, strict=True)],
+        )
 
     def assign_targets_to_anchors(
         self, anchors: list[Boxes], targets: list[dict[str, Any]]
@@ -278,6 +341,47 @@ class LesionRoIHeads(RoIHeads):
             return [], self._losses(logits, deltas, torch.cat(labels), torch.cat(wanted))
         found = zip(*self.postprocess_detections(logits, deltas, proposals, image_shapes), strict=True)
         return [{"boxes": boxes, "scores": scores, "labels": labels} for boxes, scores, labels in found], {}
+
+    def postprocess_detections(
+        self,
+        class_logits: Float[Tensor, "r c"],
+        box_regression: Float[Tensor, "r 4*c"],
+        proposals: list[Boxes],
+        image_shapes: list[tuple[int, int]],
+    ) -> tuple[list[Boxes], list[Float[Tensor, " b"]], list[Int64[Tensor, " b"]]]:
+        """Boxes, scores and labels of every picture after non-maximum suppression in each class, best first;
+        torchvision's, but for all pictures at once.
+        """
+        counts = torch.tensor([len(each) for each in proposals], device=class_logits.device)
+        picture_of = torch.repeat_interleave(counts, output_size=len(class_logits))
+        heights, widths = box_regression.new_tensor(image_shapes)[picture_of].unbind(1)
+        scores = F.softmax(class_logits, -1)
+        boxes = self.box_coder.decode(box_regression, proposals).clamp(min=0)
+        boxes = boxes.minimum(torch.stack([widths, heights, widths, heights], 1)[:, None])
+        good = (scores > self.score_thresh) & (boxes[:, :, 2:] - boxes[:, :, :2] >= SMALLEST_SIDE_PX).all(2)
+        good[:, 0] = False  # the background
+        rows, labels = good.nonzero(as_tuple=True)
+        boxes, scores, picture_of = boxes[rows, labels], scores[rows, labels], picture_of[rows]
+        best = scores.argsort(descending=True, stable=True)
+        # a list for each class of each picture, best first, as long as the longest
+        num_classes = class_logits.shape[1] - 1
+        list_of = (picture_of * num_classes + labels - 1)[best]
+        best, list_of = best[(order := list_of.argsort(stable=True))], list_of[order]
+        sizes = torch.bincount(list_of, minlength=len(proposals) * num_classes)
+        place = torch.arange(len(best), device=best.device) - (sizes.cumsum(0) - sizes)[list_of]
+        longest = int(sizes.max())
+        lists, usable = boxes.new_zeros(len(sizes), longest, 4), good.new_zeros(len(sizes), longest)
+        lists[list_of, place], usable[list_of, place] = boxes[best], True
+        kept = best[kept_by_nms(lists, usable, self.nms_thresh)[list_of, place]]
+        kept = kept[scores[kept].argsort(descending=True, stable=True)]
+        kept = kept[picture_of[kept].argsort(stable=True)]
+        found = torch.bincount(picture_of[kept], minlength=len(proposals)).tolist()
+        of_pictures = [each[: self.detections_per_img] for each in kept.split(found)]
+        return (
+            [boxes[each] for each in of_pictures],
+            [scores[each] for each in of_pictures],
+            [labels[each] for each in of_pictures],
+        )
 
     def _losses(
         self, logits: Float[Tensor, "r c"], deltas: Float[Tensor, "r 4*c"], labels: Int64[Tensor, " r"], wanted: Boxes
