@@ -13,7 +13,8 @@ from torch.func import functional_call
 from mp3d.config import ClipConfig
 from mp3d.errors import ConfigError, ResourceError
 from mp3d.models.detector import LesionDetector
-from mp3d.models.folded import fuse_batch_norms
+from mp3d.models.folded import Conv, fuse_batch_norms
+from mp3d.models.group_transform import GroupTransform
 from mp3d.models.resnet import FoldedResNet
 from mp3d.models.winograd import use_winograd
 
@@ -98,10 +99,38 @@ def autocast(device: torch.device, dtype: torch.dtype | None) -> AbstractContext
     return nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype)
 
 
+def put_on_device(model: nn.Module, device: torch.device) -> nn.Module:
+    """Moves a model in place; on a GPU its kernels get the memory layout that cuDNN's fast convolutions read, which
+    would bring them there again and again.
+    """
+    model.to(device)
+    if device.type == "cuda":
+        use_channels_last(model)
+    return model
+
+
+def use_channels_last(model: nn.Module) -> None:
+    """Kernels in the memory layout of the features, in place."""
+    layouts = {4: torch.channels_last, 5: torch.channels_last_3d}
+    for parameter in model.parameters():
+        if parameter.dim() in layouts:
+            parameter.data = parameter.data.contiguous(memory_format=layouts[parameter.dim()])
+
+
+def round_weights(model: nn.Module, dtype: torch.dtype) -> None:
+    """Keeps the weights of convolutions and products in half precision, in place: what autocast makes of them in every
+    pass.
+    """
+    for module in model.modules():
+        if isinstance(module, Conv | nn.Conv2d | nn.Conv3d | nn.Linear | GroupTransform):
+            module.to(dtype)
+
+
 def ready_for_inference(
     model: nn.Module, clip: ClipConfig, trained_in: PrecisionName, device: torch.device, *, compiled: bool = False
 ) -> torch.dtype | None:
-    """Puts a trained model on its device, in evaluation mode, its batch norms fused, and checks its precision.
+    """Puts a trained model on its device, in evaluation mode, its batch norms fused, and checks its precision. In half
+    precision it is good for inference under :func:`autocast` only.
 
     On a CPU without AVX-512, float32 takes fast kernels for 3 x 3 convolutions (:mod:`mp3d.models.winograd`).
 
@@ -111,9 +140,11 @@ def ready_for_inference(
     Returns:
         What it is to compute in, for :func:`autocast`.
     """
-    model.to(device).eval()
+    put_on_device(model, device).eval()
     fuse_batch_norms(model)
     dtype = checked_precision(model, clip, inference_dtype(trained_in, device))
+    if dtype is not None:
+        round_weights(model, dtype)
     if compiled:
         compile_layers(model)
     elif device.type == "cpu" and dtype is None and torch.backends.cpu.get_cpu_capability() == "AVX2":

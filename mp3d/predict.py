@@ -45,9 +45,11 @@ AT_ONCE: dict[SeriesMode, int] = {"window": 4, "slab": 9, "stream": 16}
 """Grid positions that go through the backbone at a time. With fewer than 16 slices in a batch, PyTorch takes another
 path for the 1 x 1 convolutions of float32 on one thread, on some processors a slow one.
 """
+AT_ONCE_ON_GPU: dict[SeriesMode, int] = {"window": 8, "slab": 27, "stream": 32}
+"""There a small kernel takes as long to start as to run. 32 slices of 512 x 512 take some 2 GB."""
 DETECTED_AT_ONCE = 4
-"""Grid positions of a stream whose boxes are sought at a time: more is no faster, and the features of a thousand
-proposals take 50 MB.
+"""Grid positions of a stream whose boxes a CPU seeks at a time: more is no faster, and the features of a thousand
+proposals take 50 MB. A GPU seeks those of a whole chunk.
 """
 SLAB_KEY_SLICES = 9
 """Of a slab for a network that was trained on windows."""
@@ -177,7 +179,7 @@ class Predictor:
         """Predictions for the next grid positions, all in order and each once; ``at_once`` as in
         :meth:`find_lesions`.
         """
-        at_once = at_once or AT_ONCE[self.mode]
+        at_once = at_once or (AT_ONCE if self.device.type == "cpu" else AT_ONCE_ON_GPU)[self.mode]
         match self.mode:
             case "window":
                 answers = self._by_clips(hu, grid, 1, at_once)
@@ -216,12 +218,27 @@ class Predictor:
         radius = self.clip.num_slices // 2
         stop = len(grid.positions) + radius
         chunks = (self._slices(hu, grid, start, min(start + at_once, stop)) for start in range(-radius, stop, at_once))
-        return stream_predictions(self.model, chunks, DETECTED_AT_ONCE)
+        detected_at_once = DETECTED_AT_ONCE if self.device.type == "cpu" else at_once
+        return stream_predictions(self.model, chunks, detected_at_once)
 
     def _slices(
         self, hu: Int16[np.ndarray, "n h w"], grid: SeriesGrid, start: int, stop: int
     ) -> Int16[Tensor, "d h w"]:
-        return torch.from_numpy(resample_z(hu, grid.stretch(start, stop))).to(self.device)
+        positions = grid.stretch(start, stop)
+        if self.device.type == "cpu":
+            return torch.from_numpy(resample_z(hu, positions))
+        first, last = int(positions.min()), int(np.ceil(positions.max()))
+        return resampled_on_device(torch.from_numpy(hu[first : last + 1]).to(self.device), positions - first)
+
+
+def resampled_on_device(slices: Int16[Tensor, "n h w"], positions: Float[np.ndarray, "d"]) -> Int16[Tensor, "d h w"]:
+    """:func:`mp3d.data.clips.resample_z` where the slices lie, to the same bits."""
+    lower = torch.from_numpy(np.floor(positions).astype(np.int64)).to(slices.device)
+    upper = torch.from_numpy(np.ceil(positions).astype(np.int64)).to(slices.device)
+    weights = torch.from_numpy((positions - np.floor(positions)).astype(np.float32)).to(slices.device)
+    below = slices[lower].float()
+    rise = slices[upper].float() - below
+    return (rise * weights[:, None, None] + below).round().short()
 
 
 def best_mode(checkpoint: Checkpoint) -> SeriesMode:

@@ -27,7 +27,7 @@ from mp3d.data.samples import Sample, annotated_samples, classified_samples, mas
 from mp3d.data.shard import ShardSet, cached, open_shards
 from mp3d.data.stream import Stream
 from mp3d.data.survey import read_image_labels
-from mp3d.device import checked_precision, compile_layers, resolve_precision
+from mp3d.device import checked_precision, compile_layers, put_on_device, resolve_precision
 from mp3d.early_stop import BestSoFar
 from mp3d.ema import build_average
 from mp3d.errors import ConfigError, DataError
@@ -228,7 +228,8 @@ def validation_samples(config: TrainConfig, shards: ShardSet) -> list[Sample]:
 def start(config: TrainConfig, session: Session, steps_per_epoch: int) -> Run:
     """Model and optimiser of a new run, the same on every rank."""
     torch.manual_seed(config.loop.seed)
-    model = build_model(config.model, config.clip).to(session.device)
+    model = build_model(config.model, config.clip)
+    put_on_device(model, session.device)
     if session.world_size > 1:
         synchronise_dice(model)
         if config.loop.sync_batch_norm:

@@ -1,5 +1,6 @@
 """Which device and number format are chosen, whatever this machine is."""
 
+import copy
 import platform
 import subprocess
 import sys
@@ -7,8 +8,11 @@ import sys
 import pytest
 import torch
 
-from mp3d.device import autocast, inference_dtype, pick_device, resolve_precision
+from mp3d.config import ClipConfig, DetectionHead, ModelConfig
+from mp3d.device import autocast, inference_dtype, pick_device, resolve_precision, round_weights, use_channels_last
 from mp3d.errors import ConfigError, ResourceError
+from mp3d.models import build_model
+from mp3d.sample import Clip
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
@@ -76,6 +80,22 @@ def test_autocast_computes_in_the_dtype():
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another allocator")
+@pytest.mark.parametrize(("backbone", "norm"), [("mp3d18ba", "slice_gn"), ("resnet3d18", "gn3d"), ("p3d63", "bn")])
+def test_rounded_weights_are_what_autocast_makes_of_them(backbone: str, norm: str):
+    """In the layout of a GPU too."""
+    torch.manual_seed(0)
+    head = DetectionHead(fpn_channels=8, box_features=16, rpn_post_nms=(50, 50))
+    model = build_model(ModelConfig(backbone=backbone, norm=norm, width=0.125, head=head), ClipConfig(image_size=32))
+    rounded = copy.deepcopy(model)
+    round_weights(rounded, torch.bfloat16)
+    use_channels_last(rounded)
+    clip = Clip(torch.randint(-1000, 1000, (9, 32, 32), dtype=torch.int16), (4,))
+    with torch.inference_mode(), autocast(CPU, torch.bfloat16):
+        expected, found = (each.eval()([clip])[0] for each in (model, rounded))
+    assert len(found["scores"]) > 0
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
 def test_freed_memory_is_kept_for_the_next_tensor():
     """Page faults of ten tensors of 64 MB, after the first ten, in a thread of a process of its own."""
     code = """

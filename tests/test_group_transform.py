@@ -65,6 +65,21 @@ def test_one_hot_weights_pick_one_slice(key):
         assert torch.equal(picked, x[:, :, key - 1 + tap])
 
 
+@pytest.mark.parametrize("depth", [5, 13])
+def test_the_product_of_a_gpu_is_the_convolution_of_a_cpu(depth: int):
+    torch.manual_seed(0)
+    transform = GroupTransform(channels=6, taps=5)
+    x = torch.randn(2, 6, depth, 4, 3).to(memory_format=torch.channels_last_3d)
+    gradients = []
+    for maps in (transform.slide(x), transform.slide_by_products(x)):
+        assert maps.is_contiguous(memory_format=torch.channels_last)
+        transform.zero_grad()
+        maps.square().sum().backward()
+        gradients.append(transform.weight.grad)
+    torch.testing.assert_close(transform.slide_by_products(x), transform.slide(x))
+    torch.testing.assert_close(*gradients)
+
+
 def test_one_tap_of_one_is_the_key_slice():
     transform = GroupTransform(6, taps=1).double()
     torch.nn.init.ones_(transform.weight)

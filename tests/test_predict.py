@@ -15,7 +15,7 @@ from mp3d.data.clips import resample_z, series_grid
 from mp3d.data.series import Volume
 from mp3d.errors import CheckpointError, ConfigError
 from mp3d.models import LesionDetector, build_model
-from mp3d.predict import Predictor, SeriesMode, edge_to_lps_mm
+from mp3d.predict import Predictor, SeriesMode, edge_to_lps_mm, resampled_on_device
 from mp3d.sample import Clip, Prediction
 from tests.serving_world import BrightBoxes, save_tiny, tiny_config
 
@@ -264,6 +264,15 @@ def test_only_the_slices_of_the_moment_are_interpolated(mode: SeriesMode, monkey
     monkeypatch.setattr("mp3d.predict.resample_z", recorded)
     predictor(tiny_detector(), mode=mode).find_lesions(noise(50, 2.0), 0.5)
     assert max(asked) == {"window": 9, "slab": 17, "stream": 16}[mode]
+
+
+@pytest.mark.parametrize("spacing_mm", [0.7, 1.0, 2.5, 3.27, 5.0])
+def test_a_gpu_interpolates_to_the_same_bits(spacing_mm: float):
+    hu = np.random.default_rng(0).integers(-2000, 3000, (20, 16, 16)).astype(np.int16)
+    grid = series_grid(len(hu), spacing_mm, ClipConfig())
+    for start in range(-4, len(grid.positions) + 4, 5):
+        positions = grid.stretch(start, start + 5)
+        assert np.array_equal(resampled_on_device(torch.from_numpy(hu), positions), resample_z(hu, positions))
 
 
 def test_only_a_detector_can_be_streamed():

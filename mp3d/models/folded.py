@@ -4,7 +4,8 @@ A **folded** tensor has shape ``(n*d, c, h, w)`` in channels-last memory: the sl
 Next to it travels ``z`` (:class:`AlongZ`), which knows how they hang together. Three facts make it work without copies:
 
 - a 1 x k x k convolution is a 2D convolution of every slice;
-- the same memory read as ``(n, c, d, h*w)``, the *columns* of a clip, turns a 3 x 1 x 1 convolution into a 3 x 1 one;
+- the same memory read as ``(n, c, d, h*w)``, the *columns* of a clip, turns a 3 x 1 x 1 convolution into a 3 x 1 one
+  (on a GPU cuDNN's kernels for that are poor, and three dimensions faster);
 - read as ``(n, c, d, h, w)`` it is a channels-last 3D tensor, for the 3 x 3 x 3 convolutions of the plain 3D networks.
 
 2D channels-last kernels are good everywhere, where 3D ones for pooling and normalisation are not. Weights keep the
@@ -192,18 +193,19 @@ class Conv(nn.Module):
     def forward(self, x: Float[Tensor, "nd c h w"], z: AlongZ) -> Float[Tensor, "_ o h2 w2"]:
         kd, kh, kw = self.kernel
         stride = self.stride
-        if kh == kw == 1 and stride > 1:
+        on_cpu = x.device.type == "cpu"
+        if kh == kw == 1 and stride > 1 and on_cpu:
             # taking every other pixel first is the same, and oneDNN's strided 1 x 1 kernels write past their weight
             # gradients at 8 input channels (PyTorch 2.15, AVX-512)
             x, stride = x[:, :, ::stride, ::stride].contiguous(memory_format=torch.channels_last), 1
         if kd == 1 and self.z_stride > 1:
             x = fold(unfold(x, z.depth(x))[:, :, :: self.z_stride])
-        if kd == kh == kw == 1:
+        if kd == kh == kw == stride == 1:
             return conv_pixels(x, self.weight.squeeze(2), self.bias)
         if kd == 1:
             return F.conv2d(x, self.weight.squeeze(2), self.bias, stride=stride, padding=(kh // 2, kw // 2))
         x, depth, padding = z.with_neighbours(x, reach=kd // 2)
-        if kh == kw == 1:
+        if kh == kw == stride == 1 and on_cpu:
             columns = F.conv2d(
                 to_columns(x, depth), self.weight.squeeze(4), self.bias, (self.z_stride, 1), padding=(padding, 0)
             )
@@ -219,10 +221,30 @@ class Conv(nn.Module):
 
 
 class GroupNorm(nn.GroupNorm):
-    """Group norm that hands on the precision it was given; under autocast, a GPU's would hand on float32."""
+    """Group norm that hands on the precision it was given; under autocast, a GPU's would hand on float32.
 
-    def forward(self, input: Tensor) -> Tensor:
+    A GPU's kernels would also bring the tensor out of channels-last memory and leave that to the next convolution to
+    mend. Where nothing is trained, sums of the channels and one multiplication with an addition do without.
+    """
+
+    def forward(self, input: Float[Tensor, "n c h w"]) -> Float[Tensor, "n c h w"]:
+        if input.is_cuda and not torch.is_grad_enabled():
+            with torch.autocast("cuda", enabled=False):
+                return self.by_channels(input)
         return super().forward(input).to(input.dtype)
+
+    def by_channels(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n c h w"]:
+        """Statistics in float32 whatever the precision of ``x``."""
+        pixels = x.permute(0, 2, 3, 1).flatten(1, 2)
+        count = pixels.shape[1] * pixels.shape[2] // self.num_groups
+        sums = pixels.sum(1, dtype=torch.float32)
+        powers = torch.linalg.vector_norm(pixels, dim=1, dtype=torch.float32).square()
+        means, squares = (each.unflatten(1, (self.num_groups, -1)).sum(2, True) / count for each in (sums, powers))
+        rates = ((squares - means.square()).clamp(min=0) + self.eps).rsqrt()
+        scale = self.weight.unflatten(0, (self.num_groups, -1)) * rates
+        shift = self.bias.unflatten(0, (self.num_groups, -1)) - means * scale
+        scale, shift = (each.flatten(1)[:, :, None, None].to(x.dtype) for each in (scale, shift))
+        return torch.addcmul(shift, x, scale)
 
 
 class FrozenBatchNorm(nn.BatchNorm2d):

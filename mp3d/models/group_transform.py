@@ -43,11 +43,22 @@ class GroupTransform(nn.Module):
         return at_key_slices(x, key_slices, self.taps, self.slide)
 
     def slide(self, x: Float[Tensor, "n c d h w"]) -> Float[Tensor, "n*k c h w"]:
-        """A map for every slice but the first and last ``taps // 2`` of each clip, as a convolution of the columns: on
-        a CPU ten times faster than a product of matrices, which first has to bring the slices of a channel together.
+        """A map for every slice but the first and last ``taps // 2`` of each clip. On a CPU as a convolution of the
+        columns, ten times faster than a product of matrices, which first has to bring the slices of a channel together;
+        on a GPU, where cuDNN has a slow kernel for so many groups, as that product.
         """
+        if x.is_cuda:
+            return self.slide_by_products(x)
         maps = F.conv2d(x.flatten(3), self.weight.transpose(1, 2), groups=x.shape[1])
         return from_columns(maps, *x.shape[3:])
+
+    def slide_by_products(self, x: Float[Tensor, "n c d h w"]) -> Float[Tensor, "n*k c h w"]:
+        """The same: a row of the matrix of a channel has the weights at the slices around one key slice."""
+        depth = x.shape[2]
+        num_keys = depth - self.taps + 1
+        rows = F.pad(self.weight[:, :, 0, 0], (0, num_keys)).repeat(1, num_keys)[:, : num_keys * depth]
+        maps = rows.unflatten(1, (num_keys, depth)) @ x.flatten(3)
+        return fold(maps.unflatten(3, x.shape[3:])).contiguous(memory_format=torch.channels_last)
 
     def extra_repr(self) -> str:
         return f"channels={self.weight.shape[0]}, taps={self.taps}"
