@@ -2,7 +2,11 @@
 
 import os
 import platform
+import time
+from collections.abc import Callable
 from pathlib import Path
+
+import torch
 
 TICK = os.sysconf("SC_CLK_TCK")
 
@@ -12,6 +16,23 @@ def cpu_model() -> str:
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor()
+
+
+def device_name(device: torch.device, threads: int) -> str:
+    return torch.cuda.get_device_name() if device.type == "cuda" else f"{threads} thread(s) of {cpu_model()}"
+
+
+def seconds_of(run: Callable[[], object], device: torch.device) -> float:
+    """Of the processor, which other processes disturb less than the clock; with a GPU, of the clock."""
+    if device.type == "cpu":
+        start = time.process_time()
+        run()
+        return time.process_time() - start
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    run()
+    torch.cuda.synchronize()
+    return time.perf_counter() - start
 
 
 def cpu_s(root: int, without: set[int]) -> float:

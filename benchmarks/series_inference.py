@@ -1,10 +1,11 @@
 """A whole series by window, slab and stream, beside the published style and a 2D detector: CPU time and memory.
 
-    python benchmarks/series_inference.py [--size 512] [--slices 64] [--series 1] [--rounds 5] [--proposals 300]
-                                          [--rows PATTERN] [--peak]
+    python benchmarks/series_inference.py [--device auto] [--size 512] [--slices 64] [--series 1] [--rounds 5]
+                                          [--proposals 300] [--rows PATTERN] [--peak]
 
 MP3D-63 with random weights on noise, whose answers cost as much as any. All rows take turns, round after round; the
-table holds CPU seconds per slice of the z grid, which other processes disturb less than the clock. Windows and slabs
+table holds milliseconds per slice of the z grid: of the processor, which other processes disturb less than the clock,
+or, with a GPU, of the clock. Windows and slabs
 are timed on a sample in every round, and their median counts. A stream goes on in each round where it stopped in the
 last, and its whole series counts, slow start and end included; with ``--series 5`` five series are streamed so, and the
 median of their totals counts. ``--peak`` also runs series of 64 and of 256 slices in processes of their own and reports
@@ -23,7 +24,6 @@ import resource
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -33,27 +33,29 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Int16
-from machine import cpu_model
+from machine import device_name, seconds_of
 from torch import nn
 from torchvision.models.detection import fasterrcnn_resnet50_fpn
 
 from mp3d.config import ClipConfig, DetectionHead, ModelConfig
 from mp3d.data.clips import series_grid
-from mp3d.device import autocast, pick_device, ready_for_inference, resolve_precision
+from mp3d.device import DeviceName, autocast, pick_device, ready_for_inference, resolve_precision
 from mp3d.models import LesionDetector
 from mp3d.models.folded import NormKind
 from mp3d.models.stream import stream_pyramids
-from mp3d.predict import AT_ONCE, DETECTED_AT_ONCE, Predictor, SeriesMode
+from mp3d.predict import AT_ONCE, AT_ONCE_ON_GPU, DETECTED_AT_ONCE, Predictor, SeriesMode
 from mp3d.sample import Clip
 
-CPU = pick_device("cpu")
 MODES: tuple[SeriesMode, ...] = ("window", "slab", "stream")
 SAMPLE: dict[SeriesMode, int] = {"window": 2, "slab": 9}
 """Grid slices on which a mode is timed in a round; a stream is timed on all of the series."""
 PICTURES = 16
 """Three-slice pictures in a batch of the 2D detector."""
+NORMS: tuple[NormKind, ...] = ("slice_gn", "gn3d")
+"""Ours and the published one."""
 PUBLISHED = "window, published norm (gn3d)"
 FLAT = "torchvision 2D, 3 slices"
+DEVICES = {"cpu": "cpu", "cuda": "gpu"}
 MB = 2**20
 
 
@@ -79,11 +81,11 @@ def noise(num_slices: int, size: int) -> Int16[np.ndarray, "n h w"]:
     return np.random.default_rng(0).integers(-1024, 1050, (num_slices, size, size)).astype(np.int16)
 
 
-def build(size: int, proposals: int, norm: NormKind) -> LesionDetector:
+def build(size: int, proposals: int, norm: NormKind, device: torch.device) -> LesionDetector:
     torch.manual_seed(0)
     head = DetectionHead(rpn_post_nms=(1000, proposals))
     model = LesionDetector(ModelConfig(norm=norm, head=head), ClipConfig(image_size=size))
-    ready_for_inference(model, model.transform.config, "fp32", CPU)
+    ready_for_inference(model, model.transform.config, "fp32", device)
     return model
 
 
@@ -92,7 +94,8 @@ def whole(model: LesionDetector, mode: SeriesMode, dtype: torch.dtype | None, hu
     clip = model.transform.config
     hu = hu[: SAMPLE.get(mode)]
     grid = series_grid(len(hu), 2.5, clip)
-    for predictions in Predictor(model, clip, 0.5, CPU, dtype, mode).answers(hu, grid):
+    device = next(model.parameters()).device
+    for predictions in Predictor(model, clip, 0.5, device, dtype, mode).answers(hu, grid):
         yield len(predictions)
 
 
@@ -101,12 +104,16 @@ def backbone(model: LesionDetector, mode: SeriesMode, dtype: torch.dtype | None,
     neck: Any = copy.copy(model.backbone)
     neck._modules = {**neck._modules, "fpn": nn.Identity()}
     keys = SAMPLE.get(mode, len(hu))
-    x = torch.from_numpy(np.resize(hu, (keys + 8, *hu.shape[1:])))
-    batches = (model.transform([Clip(part, ())])[0].tensors for part in x.split(AT_ONCE["stream"]))
+    device = next(model.parameters()).device
+    at_once, detected_at_once = AT_ONCE["stream"], DETECTED_AT_ONCE
+    if device.type == "cuda":
+        at_once = detected_at_once = AT_ONCE_ON_GPU["stream"]
+    x = torch.from_numpy(np.resize(hu, (keys + 8, *hu.shape[1:]))).to(device)
+    batches = (model.transform([Clip(part, ())])[0].tensors for part in x.split(at_once))
     answers: Iterator[int]
     match mode:
         case "stream":
-            answers = (len(maps["0"]) for maps in stream_pyramids(neck, batches, DETECTED_AT_ONCE))
+            answers = (len(maps["0"]) for maps in stream_pyramids(neck, batches, detected_at_once))
         case "slab":
             answers = (len(neck(x, [range(4, 4 + keys)])["0"]) for x in [torch.cat(list(batches), 2)])
         case "window":
@@ -114,14 +121,14 @@ def backbone(model: LesionDetector, mode: SeriesMode, dtype: torch.dtype | None,
             windows = torch.cat([stack[:, :, key : key + 9] for key in range(keys)])
             answers = (len(neck(x, [(4,)] * keys)["0"]) for x in [windows])
     while True:
-        with torch.inference_mode(), autocast(CPU, dtype):
+        with torch.inference_mode(), autocast(device, dtype):
             done = next(answers, None)
         if done is None:
             return
         yield done
 
 
-def flat(size: int, proposals: int, dtype: torch.dtype | None) -> Callable[[], Iterator[int]]:
+def flat(size: int, proposals: int, dtype: torch.dtype | None, device: torch.device) -> Callable[[], Iterator[int]]:
     """torchvision's Faster R-CNN with ResNet-50, its colours three neighbouring slices."""
     torch.manual_seed(0)
     model = fasterrcnn_resnet50_fpn(
@@ -132,22 +139,23 @@ def flat(size: int, proposals: int, dtype: torch.dtype | None) -> Callable[[], I
         max_size=size,
         rpn_post_nms_top_n_test=proposals,
         box_score_thresh=0.0,
-    ).eval()
-    pictures = list(torch.rand(PICTURES, 3, size, size))
+    )
+    model.to(device).eval()
+    pictures = list(torch.rand(PICTURES, 3, size, size, device=device))
 
     def run() -> Iterator[int]:
-        with torch.inference_mode(), autocast(CPU, dtype):
+        with torch.inference_mode(), autocast(device, dtype):
             done = len(model(pictures))
         yield done
 
     return run
 
 
-def rows_of(size: int, num_slices: int, proposals: int) -> list[Row]:
+def rows_of(size: int, num_slices: int, proposals: int, device: torch.device) -> list[Row]:
     hu = noise(num_slices, size)
-    default, published = build(size, proposals, "slice_gn"), build(size, proposals, "gn3d")
+    default, published = (build(size, proposals, norm, device) for norm in NORMS)
     precisions = {"fp32": None, "bf16": torch.bfloat16}
-    if resolve_precision("auto", CPU) is None:
+    if resolve_precision("auto", device) is None:
         del precisions["bf16"]
     rows = []
     for part, make in (("backbone", backbone), ("detector", whole)):
@@ -156,58 +164,69 @@ def rows_of(size: int, num_slices: int, proposals: int) -> list[Row]:
             for mode in MODES:
                 rows.append(Row(mode, part, precision, partial(make, default, mode, dtype, hu), mode == "stream"))
     for precision, dtype in precisions.items():
-        rows.append(Row(FLAT, "detector", precision, flat(size, proposals, dtype)))
+        rows.append(Row(FLAT, "detector", precision, flat(size, proposals, dtype, device)))
     return rows
 
 
-def time_rows(rows: list[Row], num_series: int, rounds: int, num_slices: int) -> None:
-    """Fill the rows' seconds, after a piece of each to warm up."""
+def exhaust(pieces: Iterator[int], count: int | None) -> None:
+    """The next pieces, or all that are left."""
+    for _ in islice(pieces, count):
+        pass
+
+
+def time_rows(rows: list[Row], num_series: int, rounds: int, num_slices: int, device: torch.device) -> None:
+    """Fill the rows' seconds, after a piece of each to warm up; on a GPU the whole, whose memory it then has."""
     for row in rows:
-        next(row.start())
+        sum(row.start()) if device.type == "cuda" else next(row.start())
     for series in range(num_series):
         going = {row.name + row.part + row.precision: row.start() for row in rows if row.is_stream}
         spent = dict.fromkeys(going, 0.0)
         for done in range(1, rounds + 1):
             for row in rows:
                 gc.collect()
-                start = time.process_time()
                 name = row.name + row.part + row.precision
                 if row.is_stream:
                     share = None if done == rounds else -(-num_slices // rounds // DETECTED_AT_ONCE)
-                    sum(islice(going[name], share))
-                    spent[name] += time.process_time() - start
+                    spent[name] += seconds_of(partial(exhaust, going[name], share), device)
                     if done == rounds:
                         row.seconds.append(spent[name] / num_slices)
                 else:
-                    count = sum(row.start())
-                    row.seconds.append((time.process_time() - start) / count)
+                    answered: list[int] = []
+                    seconds = seconds_of(lambda row=row, answered=answered: answered.extend(row.start()), device)
+                    row.seconds.append(seconds / sum(answered))
             print(f"series {series + 1}/{num_series}, round {done}/{rounds}", file=sys.stderr, flush=True)
 
 
 def print_table(rows: list[Row]) -> None:
     medians = {(row.part, row.name, row.precision): statistics.median(row.seconds) for row in rows}
-    print("| what | part | precision | CPU s per slice | window of the same precision over it | published over it |")
+    print("| what | part | precision | ms per slice | window of the same precision over it | published over it |")
     print("| --- | --- | --- | --- | --- | --- |")
     for (part, name, precision), median in medians.items():
         window = medians.get((part, "window", precision), math.nan)
         published = medians.get((part, PUBLISHED, "fp32"), math.nan)
-        print(f"| {name} | {part} | {precision} | {median:.3f} | {window / median:.2f} | {published / median:.2f} |")
+        ratios = f"{window / median:.2f} | {published / median:.2f}"
+        print(f"| {name} | {part} | {precision} | {1000 * median:.2f} | {ratios} |")
     for precision in sorted({row.precision for row in rows}):
         flat_median = medians.get(("detector", FLAT, precision), math.nan)
         ratio = medians.get(("detector", "stream", precision), math.nan) / flat_median
         print(f"\nnine slices streamed over torchvision's three, {precision}: {ratio:.2f}")
 
 
-def peak(size: int, mode: SeriesMode, num_slices: int, proposals: int, precision: str) -> None:
-    """Run one series and print the peak of this process before and after, in bytes."""
+def peak(size: int, mode: SeriesMode, num_slices: int, proposals: int, precision: str, device: torch.device) -> None:
+    """Run one series and print the peak of this process before and after, in bytes; of a GPU that of its tensors."""
     hu = noise(num_slices, size)
-    model = build(size, proposals, "slice_gn")
+    model = build(size, proposals, "slice_gn", device)
+    if device.type == "cuda":
+        before = torch.cuda.max_memory_allocated()
+        sum(whole(model, mode, torch.bfloat16 if precision == "bf16" else None, hu))
+        print(before, torch.cuda.max_memory_allocated())
+        return
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     sum(whole(model, mode, torch.bfloat16 if precision == "bf16" else None, hu))
     print(before, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 
 
-def print_peaks(size: int, proposals: int, precision: str) -> None:
+def print_peaks(size: int, proposals: int, precision: str, device: torch.device) -> None:
     print(
         f"\n| mode, {precision} | slices | peak of the process, MB | of it before the first slice (weights, volume) |"
     )
@@ -216,7 +235,10 @@ def print_peaks(size: int, proposals: int, precision: str) -> None:
     for mode, num_slices in series:
         options = [str(size), mode, str(num_slices), str(proposals), precision]
         done = subprocess.run(
-            [sys.executable, __file__, "--one-peak", *options], capture_output=True, text=True, check=True
+            [sys.executable, __file__, "--device", DEVICES[device.type], "--one-peak", *options],
+            capture_output=True,
+            text=True,
+            check=True,
         )
         before, after = map(int, done.stdout.split())
         print(f"| {mode} | {num_slices} | {after / MB:.0f} | {before / MB:.0f} |", flush=True)
@@ -224,6 +246,7 @@ def print_peaks(size: int, proposals: int, precision: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "gpu"])
     parser.add_argument("--size", type=int, default=512, help="rows and columns")
     parser.add_argument("--slices", type=int, default=64, help="slices of the streamed series")
     parser.add_argument("--series", type=int, default=1, help="how many are streamed")
@@ -237,19 +260,21 @@ def main() -> None:
     parser.add_argument("--one-peak", nargs=5, help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    choice: DeviceName = args.device
+    device = pick_device(choice)
     if args.one_peak:
         size, mode, num_slices, proposals, precision = args.one_peak
-        return peak(int(size), mode, int(num_slices), int(proposals), precision)
+        return peak(int(size), mode, int(num_slices), int(proposals), precision, device)
 
-    precision = "fp32" if resolve_precision("auto", CPU) is None else "bf16"
-    print(f"{args.threads} thread(s) of {cpu_model()}, torch {torch.__version__}, load {os.getloadavg()[0]:.1f}")
+    precision = "fp32" if resolve_precision("auto", device) is None else "bf16"
+    print(f"{device_name(device, args.threads)}, torch {torch.__version__}, load {os.getloadavg()[0]:.1f}")
     print(f"{args.series} series of {args.slices} slices of {args.size} x {args.size}, {args.proposals} proposals\n")
-    rows = rows_of(args.size, args.slices, args.proposals)
+    rows = rows_of(args.size, args.slices, args.proposals, device)
     rows = [row for row in rows if re.search(args.rows, f"{row.name}, {row.part}, {row.precision}")]
-    time_rows(rows, args.series, args.rounds, args.slices)
+    time_rows(rows, args.series, args.rounds, args.slices, device)
     print_table(rows)
     if args.peak:
-        print_peaks(args.size, args.proposals, precision)
+        print_peaks(args.size, args.proposals, precision, device)
     return None
 
 
