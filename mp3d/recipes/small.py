@@ -166,6 +166,7 @@ def small_finetune() -> TrainConfig:
             "shards": "data/ct",
             "clip.image_size": 160,
             "augment.image_sizes": (128, 160, 192),
+            "model.transform_taps": 3,  # slabs and streams then share 99 of 100 findings (benchmarks/results.md)
             "model.head.anchor_sizes_px": SMALL_TUMOUR_SIZES_PX,
             "model.head.anchor_ratios": (0.7, 1.0, 1.4),
             "loop.negatives": 0.25,
