@@ -78,7 +78,7 @@ class Row:
 
 
 def noise(num_slices: int, size: int) -> Int16[np.ndarray, "n h w"]:
-    return np.random.default_rng(0).integers(-1024, 1050, (num_slices, size, size)).astype(np.int16)
+    return np.random.default_rng(0).integers(-1024, 1050, (num_slices, size, size), np.int16)
 
 
 def build(size: int, proposals: int, norm: NormKind, device: torch.device) -> LesionDetector:

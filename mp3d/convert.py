@@ -48,6 +48,8 @@ READING = Limits(memory_bytes=8 * 2**30, cpu_s=120, wall_s=300)
 VALUES_AT_ONCE = SHARED_BYTES // 8
 BOXES = "roi_heads.box_predictor.bbox_pred"
 """MMDetection 1 has a box of the background too, the first, which is never trained."""
+ANCHORS = ("rpn.head.cls_logits", "rpn.head.bbox_pred")
+"""As many rows as there are anchors, which may be others here."""
 LABEL = "the file of released weights"
 
 
@@ -201,7 +203,11 @@ def taps_of(shapes: Mapping[str, Shape]) -> int | None:
 
 
 def fill(model: nn.Module, file: ReleasedFile, plan: Plan, config: ConvertConfig) -> TransferReport:
-    """Puts the file's tensors into the model."""
+    """Puts the file's tensors into the model.
+
+    Raises:
+        CheckpointError: a tensor of a head has another shape than the others of the file ask for.
+    """
     prefix = model_prefix(model)
     beside = prefix.removesuffix("backbone.")
     sources = dict(plan.heads)
@@ -222,6 +228,8 @@ def fill(model: nn.Module, file: ReleasedFile, plan: Plan, config: ConvertConfig
         elif source_shape and key.startswith(BOXES) and source_shape == (shape[0] + 4, *shape[1:]):
             tensor.copy_(file.tensor(name)[4:])
             moved.append(key)
+        elif source_shape and not (key.startswith(ANCHORS) and source_shape[1:] == shape[1:]):
+            raise CheckpointError(f"{name} has the shape {source_shape}, and beside the file's other tensors {shape}")
         else:
             reinitialised.append(Reinitialised(key, shape, source_shape))
     used = {sources[key] for key in [*moved, *inflated]}

@@ -1,6 +1,7 @@
 """Released weights as checkpoints: what moves, what does not, what is refused, and that nothing in a file is run."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -69,6 +70,35 @@ def test_a_detector_of_the_authors_moves_whole(
     report = json.loads((tmp_path / "out" / "transfer.json").read_text())
     assert sorted(report["moved"]) == sorted(state)
     assert report["unused"] == ["module.mask_head.conv.weight"]
+
+
+@pytest.mark.parametrize(
+    ("key", "shape", "wanted"),
+    [
+        ("neck.lateral_convs.2.conv.bias", (31,), "(32,)"),
+        ("neck.fpn_convs.1.conv.weight", (32, 16, 3, 3), "(32, 32, 3, 3)"),
+        ("rpn_head.rpn_cls.weight", (3, 31, 1, 1), "(3, 32, 1, 1)"),
+        ("bbox_head.shared_fcs.0.weight", (64, 32 * 48), "(64, 1568)"),
+        ("bbox_head.fc_reg.bias", (323,), "(320,)"),
+    ],
+)
+def test_a_misshapen_tensor_of_a_head_is_refused_by_name(
+    key: str, shape: tuple[int, ...], wanted: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    backbone = {f"backbone.{name}": of for name, of in MP3D18BA.items()}
+    file = save(wrapped(made_state(backbone | FASTER_RCNN | {key: shape})), tmp_path / "mp3d.pth")
+    assert main([str(file), "--out", str(tmp_path / "out")]) == 3
+    said = f"{key} has the shape {shape}, and beside the file's other tensors {wanted}"
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_other_anchors_are_drawn_anew(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    backbone = {f"backbone.{name}": of for name, of in MP3D18BA.items()}
+    anchors = {name: (5 * of[0], *of[1:]) for name, of in FASTER_RCNN.items() if re.search("rpn_(cls|reg)", name)}
+    file = save(wrapped(made_state(backbone | FASTER_RCNN | anchors)), tmp_path / "mp3d.pth")
+    assert main([str(file), "--out", str(tmp_path / "out")]) == 0
+    assert "re-initialised 4, unused 4 of the source" in capsys.readouterr().out
 
 
 def test_a_bare_backbone_is_trained_from_but_not_used(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
