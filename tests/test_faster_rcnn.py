@@ -183,6 +183,12 @@ def test_a_chain_of_boxes_is_kept_every_other_one():
     assert kept[1].nonzero()[:, 0].tolist() == list(range(1, 40, 2))
 
 
+def test_without_a_proposal_nothing_is_found():
+    heads = LesionRoIHeads(HEAD.override({"num_classes": 2})).eval()
+    found = heads.postprocess_detections(torch.zeros(0, 3), torch.zeros(0, 12), [boxes(0, 1)] * 2, [(64, 64)] * 2)
+    assert [[len(each) for each in part] for part in found] == [[0, 0]] * 3
+
+
 @pytest.mark.parametrize("num_classes", [1, 3])
 @pytest.mark.parametrize("limit", [5, 1000])
 def test_findings_are_torchvisions(num_classes: int, limit: int):

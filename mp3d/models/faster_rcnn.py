@@ -356,7 +356,7 @@ class LesionRoIHeads(RoIHeads):
         picture_of = torch.repeat_interleave(counts, output_size=len(class_logits))
         heights, widths = box_regression.new_tensor(image_shapes)[picture_of].unbind(1)
         scores = F.softmax(class_logits, -1)
-        boxes = self.box_coder.decode(box_regression, proposals).clamp(min=0)
+        boxes = self.box_coder.decode(box_regression, proposals).reshape(*scores.shape, 4).clamp(min=0)
         boxes = boxes.minimum(torch.stack([widths, heights, widths, heights], 1)[:, None])
         good = (scores > self.score_thresh) & (boxes[:, :, 2:] - boxes[:, :, :2] >= SMALLEST_SIDE_PX).all(2)
         good[:, 0] = False  # the background
