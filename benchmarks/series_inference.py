@@ -1,15 +1,14 @@
-"""A whole series by window, slab and stream, beside the published style and a 2D detector: CPU time and memory.
+"""A whole series by window, slab and stream, beside the published style and a 2D detector: time and memory.
 
     python benchmarks/series_inference.py [--device auto] [--size 512] [--slices 64] [--series 1] [--rounds 5]
                                           [--proposals 300] [--rows PATTERN] [--peak]
 
 MP3D-63 with random weights on noise, whose answers cost as much as any. All rows take turns, round after round; the
 table holds milliseconds per slice of the z grid: of the processor, which other processes disturb less than the clock,
-or, with a GPU, of the clock. Windows and slabs
-are timed on a sample in every round, and their median counts. A stream goes on in each round where it stopped in the
-last, and its whole series counts, slow start and end included; with ``--series 5`` five series are streamed so, and the
-median of their totals counts. ``--peak`` also runs series of 64 and of 256 slices in processes of their own and reports
-their peak memory.
+or, with a GPU, of the clock. Windows and slabs are timed on a sample in every round, and their median counts. A stream
+goes on in each round where it stopped in the last, and its whole series counts, slow start and end included; with
+``--series 5`` five series are streamed so, and the median of their totals counts. ``--peak`` also runs series of 64 and
+of 256 slices in processes of their own and reports their peak memory.
 
 At 512 x 512 on one core a series with its five rounds takes about ten minutes and ``--peak`` as long.
 """
@@ -39,7 +38,15 @@ from torchvision.models.detection import fasterrcnn_resnet50_fpn
 
 from mp3d.config import ClipConfig, DetectionHead, ModelConfig
 from mp3d.data.clips import series_grid
-from mp3d.device import DeviceName, autocast, pick_device, ready_for_inference, resolve_precision
+from mp3d.device import (
+    DeviceName,
+    PrecisionName,
+    autocast,
+    pick_device,
+    put_on_device,
+    ready_for_inference,
+    resolve_precision,
+)
 from mp3d.models import LesionDetector
 from mp3d.models.folded import NormKind
 from mp3d.models.stream import stream_pyramids
@@ -48,11 +55,11 @@ from mp3d.sample import Clip
 
 MODES: tuple[SeriesMode, ...] = ("window", "slab", "stream")
 SAMPLE: dict[SeriesMode, int] = {"window": 2, "slab": 9}
-"""Grid slices on which a mode is timed in a round; a stream is timed on all of the series."""
+"""Grid slices on which a CPU is timed in a round; a GPU on those that it reads at once. A stream is timed on all of the
+series.
+"""
 PICTURES = 16
 """Three-slice pictures in a batch of the 2D detector."""
-NORMS: tuple[NormKind, ...] = ("slice_gn", "gn3d")
-"""Ours and the published one."""
 PUBLISHED = "window, published norm (gn3d)"
 FLAT = "torchvision 2D, 3 slices"
 DEVICES = {"cpu": "cpu", "cuda": "gpu"}
@@ -81,20 +88,32 @@ def noise(num_slices: int, size: int) -> Int16[np.ndarray, "n h w"]:
     return np.random.default_rng(0).integers(-1024, 1050, (num_slices, size, size), np.int16)
 
 
-def build(size: int, proposals: int, norm: NormKind, device: torch.device) -> LesionDetector:
+def sample(mode: SeriesMode, device: torch.device) -> int | None:
+    """Grid slices on which a mode is timed; None: all of the series."""
+    if mode == "stream":
+        return None
+    return SAMPLE[mode] if device.type == "cpu" else AT_ONCE_ON_GPU[mode]
+
+
+def detected_at_once(device: torch.device) -> int:
+    """Of a stream, as the predictor does it."""
+    return DETECTED_AT_ONCE if device.type == "cpu" else AT_ONCE_ON_GPU["stream"]
+
+
+def build(size: int, proposals: int, norm: NormKind, precision: PrecisionName, device: torch.device) -> LesionDetector:
     torch.manual_seed(0)
     head = DetectionHead(rpn_post_nms=(1000, proposals))
     model = LesionDetector(ModelConfig(norm=norm, head=head), ClipConfig(image_size=size))
-    ready_for_inference(model, model.transform.config, "fp32", device)
+    ready_for_inference(model, model.transform.config, precision, device)
     return model
 
 
 def whole(model: LesionDetector, mode: SeriesMode, dtype: torch.dtype | None, hu: np.ndarray) -> Iterator[int]:
     """Everything from the slices in HU to boxes."""
     clip = model.transform.config
-    hu = hu[: SAMPLE.get(mode)]
-    grid = series_grid(len(hu), 2.5, clip)
     device = next(model.parameters()).device
+    hu = hu[: sample(mode, device)]
+    grid = series_grid(len(hu), 2.5, clip)
     for predictions in Predictor(model, clip, 0.5, device, dtype, mode).answers(hu, grid):
         yield len(predictions)
 
@@ -103,19 +122,19 @@ def backbone(model: LesionDetector, mode: SeriesMode, dtype: torch.dtype | None,
     """From normalised slices to the maps of the group transforms."""
     neck: Any = copy.copy(model.backbone)
     neck._modules = {**neck._modules, "fpn": nn.Identity()}
-    keys = SAMPLE.get(mode, len(hu))
     device = next(model.parameters()).device
-    at_once, detected_at_once = AT_ONCE["stream"], DETECTED_AT_ONCE
-    if device.type == "cuda":
-        at_once = detected_at_once = AT_ONCE_ON_GPU["stream"]
+    keys = sample(mode, device) or len(hu)
+    at_once = (AT_ONCE if device.type == "cpu" else AT_ONCE_ON_GPU)["stream"]
     x = torch.from_numpy(np.resize(hu, (keys + 8, *hu.shape[1:]))).to(device)
     batches = (model.transform([Clip(part, ())])[0].tensors for part in x.split(at_once))
     answers: Iterator[int]
     match mode:
         case "stream":
-            answers = (len(maps["0"]) for maps in stream_pyramids(neck, batches, detected_at_once))
+            answers = (len(maps["0"]) for maps in stream_pyramids(neck, batches, detected_at_once(device)))
         case "slab":
-            answers = (len(neck(x, [range(4, 4 + keys)])["0"]) for x in [torch.cat(list(batches), 2)])
+            stack = torch.cat(list(batches), 2)
+            slabs = torch.cat([stack[:, :, first : first + 17] for first in range(0, keys, 9)])
+            answers = (len(neck(x, [range(4, 13)] * len(x))["0"]) for x in [slabs])
         case "window":
             stack = torch.cat(list(batches), 2)
             windows = torch.cat([stack[:, :, key : key + 9] for key in range(keys)])
@@ -140,7 +159,7 @@ def flat(size: int, proposals: int, dtype: torch.dtype | None, device: torch.dev
         rpn_post_nms_top_n_test=proposals,
         box_score_thresh=0.0,
     )
-    model.to(device).eval()
+    put_on_device(model, device).eval()
     pictures = list(torch.rand(PICTURES, 3, size, size, device=device))
 
     def run() -> Iterator[int]:
@@ -153,16 +172,18 @@ def flat(size: int, proposals: int, dtype: torch.dtype | None, device: torch.dev
 
 def rows_of(size: int, num_slices: int, proposals: int, device: torch.device) -> list[Row]:
     hu = noise(num_slices, size)
-    default, published = (build(size, proposals, norm, device) for norm in NORMS)
-    precisions = {"fp32": None, "bf16": torch.bfloat16}
+    published = build(size, proposals, "gn3d", "fp32", device)
+    precisions: dict[PrecisionName, torch.dtype | None] = {"fp32": None, "bf16": torch.bfloat16}
     if resolve_precision("auto", device) is None:
         del precisions["bf16"]
+    ours = {name: build(size, proposals, "slice_gn", name, device) for name in precisions}
     rows = []
     for part, make in (("backbone", backbone), ("detector", whole)):
         rows.append(Row(PUBLISHED, part, "fp32", partial(make, published, "window", None, hu)))
         for precision, dtype in precisions.items():
             for mode in MODES:
-                rows.append(Row(mode, part, precision, partial(make, default, mode, dtype, hu), mode == "stream"))
+                run = partial(make, ours[precision], mode, dtype, hu)
+                rows.append(Row(mode, part, precision, run, mode == "stream"))
     for precision, dtype in precisions.items():
         rows.append(Row(FLAT, "detector", precision, flat(size, proposals, dtype, device)))
     return rows
@@ -186,7 +207,7 @@ def time_rows(rows: list[Row], num_series: int, rounds: int, num_slices: int, de
                 gc.collect()
                 name = row.name + row.part + row.precision
                 if row.is_stream:
-                    share = None if done == rounds else -(-num_slices // rounds // DETECTED_AT_ONCE)
+                    share = None if done == rounds else -(-num_slices // rounds // detected_at_once(device))
                     spent[name] += seconds_of(partial(exhaust, going[name], share), device)
                     if done == rounds:
                         row.seconds.append(spent[name] / num_slices)
@@ -212,10 +233,12 @@ def print_table(rows: list[Row]) -> None:
         print(f"\nnine slices streamed over torchvision's three, {precision}: {ratio:.2f}")
 
 
-def peak(size: int, mode: SeriesMode, num_slices: int, proposals: int, precision: str, device: torch.device) -> None:
+def peak(
+    size: int, mode: SeriesMode, num_slices: int, proposals: int, precision: PrecisionName, device: torch.device
+) -> None:
     """Run one series and print the peak of this process before and after, in bytes; of a GPU that of its tensors."""
     hu = noise(num_slices, size)
-    model = build(size, proposals, "slice_gn", device)
+    model = build(size, proposals, "slice_gn", precision, device)
     if device.type == "cuda":
         before = torch.cuda.max_memory_allocated()
         sum(whole(model, mode, torch.bfloat16 if precision == "bf16" else None, hu))
@@ -226,7 +249,7 @@ def peak(size: int, mode: SeriesMode, num_slices: int, proposals: int, precision
     print(before, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 
 
-def print_peaks(size: int, proposals: int, precision: str, device: torch.device) -> None:
+def print_peaks(size: int, proposals: int, precision: PrecisionName, device: torch.device) -> None:
     print(
         f"\n| mode, {precision} | slices | peak of the process, MB | of it before the first slice (weights, volume) |"
     )

@@ -27,6 +27,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+import torch
 from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -230,6 +231,10 @@ def unpack_optimizer(optimizer: Optimizer, trainer: TrainerState) -> None:
         index, name = key.split(".", 1)
         slots.setdefault(int(index), {})[name] = number
     optimizer.load_state_dict({"state": slots, "param_groups": trainer.values["param_groups"]})
+    for parameter, state in optimizer.state.items():
+        for name, value in state.items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape:
+                state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)  # in its memory layout
 
 
 def _first_intact(candidates: list[Path], run: Path) -> Checkpoint:

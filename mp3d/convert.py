@@ -214,6 +214,7 @@ def fill(model: nn.Module, file: ReleasedFile, plan: Plan, config: ConvertConfig
     for key, name in plan.backbone.items():
         sources[(beside if key.startswith("group_transforms.") else prefix) + key] = name
     moved, inflated, reinitialised = [], [], []
+    check_anchors(file.shapes, plan.heads)
     state = model.state_dict()
     for key, tensor in state.items():
         name = sources.get(key, "")
@@ -235,6 +236,17 @@ def fill(model: nn.Module, file: ReleasedFile, plan: Plan, config: ConvertConfig
     used = {sources[key] for key in [*moved, *inflated]}
     unused = tuple(name for name in file.shapes if name not in used)
     return TransferReport(tuple(moved), tuple(reinitialised), unused, tuple(inflated))
+
+
+def check_anchors(shapes: Mapping[str, Shape], heads: Mapping[str, str]) -> None:
+    """Raises: CheckpointError where the file's region proposals have not four numbers of a box for each score."""
+    for leaf in ("weight", "bias"):
+        scores, boxes = (heads.get(f"{layer}.{leaf}") for layer in ANCHORS)
+        if scores and boxes and shapes[boxes][0] != 4 * shapes[scores][0]:
+            raise CheckpointError(
+                f"{boxes} has the shape {shapes[boxes]}, and beside {scores}, which is {shapes[scores]}, it has four "
+                "times as many rows"
+            )
 
 
 def _ask(pool: Pool, path: Path, task: str, **arguments: Any) -> Answer:

@@ -100,8 +100,8 @@ def autocast(device: torch.device, dtype: torch.dtype | None) -> AbstractContext
 
 
 def put_on_device(model: nn.Module, device: torch.device) -> nn.Module:
-    """Moves a model in place; on a GPU its kernels get the memory layout that cuDNN's fast convolutions read, which
-    would bring them there again and again.
+    """Moves a model in place; on a GPU its kernels get the memory layout that cuDNN's fast convolutions read, and would
+    else bring them to in every pass.
     """
     model.to(device)
     if device.type == "cuda":
@@ -130,7 +130,7 @@ def ready_for_inference(
     model: nn.Module, clip: ClipConfig, trained_in: PrecisionName, device: torch.device, *, compiled: bool = False
 ) -> torch.dtype | None:
     """Puts a trained model on its device, in evaluation mode, its batch norms fused, and checks its precision. In half
-    precision it is good for inference under :func:`autocast` only.
+    precision it is good for inference under :func:`autocast` only, and not to be given here again.
 
     On a CPU without AVX-512, float32 takes fast kernels for 3 x 3 convolutions (:mod:`mp3d.models.winograd`).
 
@@ -167,7 +167,8 @@ def compile_layers(model: nn.Module) -> None:
 def checked_precision(model: nn.Module, clip: ClipConfig, dtype: torch.dtype | None) -> torch.dtype | None:
     """``dtype`` where the model's layers give the same features in it as in float32, on a made clip of the real shape:
     the stages of the 3D backbone, and of a detector the feature pyramid and the region proposals. Else None, which is
-    float32, with a warning. Kernels for half precision were wrong on some devices before.
+    float32, with a warning. Kernels for half precision were wrong on some devices before. In training mode it is the
+    kernels of training that are checked, forward.
 
     The model is left as it was, its batch statistics too.
     """
@@ -175,7 +176,7 @@ def checked_precision(model: nn.Module, clip: ClipConfig, dtype: torch.dtype | N
         return None
     device = next(model.parameters()).device
     x = torch.randn(1, 1, clip.depth, clip.image_size, clip.image_size, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
+    with torch.set_grad_enabled(model.training):
         exact = _features(model, x.to(device))
         with autocast(device, dtype):
             rounded = _features(model, x.to(device))
@@ -213,7 +214,7 @@ def _features(model: nn.Module, x: Float[Tensor, "1 1 d h w"]) -> dict[str, Tens
             functional_call(neck, buffers, (x,))
     finally:
         hook.remove()
-    return {name: each.float() for name, each in found.items()}
+    return {name: each.detach().float() for name, each in found.items()}
 
 
 def _worst_difference(exact: Tensor, rounded: Tensor) -> float:

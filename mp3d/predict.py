@@ -46,7 +46,7 @@ AT_ONCE: dict[SeriesMode, int] = {"window": 4, "slab": 9, "stream": 16}
 path for the 1 x 1 convolutions of float32 on one thread, on some processors a slow one.
 """
 AT_ONCE_ON_GPU: dict[SeriesMode, int] = {"window": 8, "slab": 27, "stream": 32}
-"""There a small kernel takes as long to start as to run. 32 slices of 512 x 512 take some 2 GB."""
+"""There a small kernel takes as long to start as to run."""
 DETECTED_AT_ONCE = 4
 """Grid positions of a stream whose boxes a CPU seeks at a time: more is no faster, and the features of a thousand
 proposals take 50 MB. A GPU seeks those of a whole chunk.

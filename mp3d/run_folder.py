@@ -108,7 +108,7 @@ def check_name(folder: Path, file: str, name: str, identity: dict[str, Any]) -> 
     try:
         known = _completed(json.loads(path.read_text()))
         differing = list(differences(known, identity))
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, AttributeError, TypeError) as error:
         raise ConfigError(f"{path} cannot be read ({error}); remove {folder}, or give another --name") from error
     if differing:
         raise ConfigError(

@@ -93,13 +93,16 @@ def test_the_group_norm_of_a_gpu_is_that_of_a_cpu(shape: tuple[int, ...]):
     norm = GroupNorm(8, shape[1])
     torch.nn.init.normal_(norm.weight)
     torch.nn.init.normal_(norm.bias)
-    x = (torch.randn(shape) * 3 + 5).to(memory_format=torch.channels_last)
+    x = (torch.randn(shape) + 20).to(memory_format=torch.channels_last)
     with torch.no_grad():
-        torch.testing.assert_close(norm.by_channels(x), norm(x), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(norm.by_channels(x), norm(x), atol=1e-3, rtol=1e-3)
+        torch.testing.assert_close(norm.double().by_channels(x.double()), norm(x.double()))
+        norm.float()
+        x = x.bfloat16().float()
         rounded = norm.by_channels(x.bfloat16())
         assert rounded.dtype is torch.bfloat16
         assert rounded.is_contiguous(memory_format=torch.channels_last)
-        assert (rounded - norm(x)).norm() < 0.01 * norm(x).norm()
+        assert (rounded - norm(x)).norm() < 0.003 * norm(x).norm(), "no more than the result was rounded"
 
 
 def test_isotropic_strides_cannot_be_streamed():
@@ -130,6 +133,7 @@ def test_an_isotropic_classifier_learns():
         ({"backbone": "resnet3d18", "strides": {"isotropic": True}}, "a detector needs strides of 4, 8, 16, 32"),
         ({"backbone": "resnet2d50", "to_2d": "dense"}, "resnet2d50 leaves no slices to weight"),
         ({"backbone": "p3d63", "z_padding": "replicate"}, "z_padding replicate is for networks that keep z, not p3d63"),
+        ({"transform_taps": 3, "head": CLASSES}, "a classification head has no transform"),
         ({"transform_taps": 4}, "transform_taps is 4; it must be odd"),
         ({"transform_taps": 3, "to_2d": "centre"}, "nothing to weight; leave transform_taps unset"),
         ({"transform_taps": 3, "backbone": "p3d63"}, "nothing to weight; leave transform_taps unset"),

@@ -93,6 +93,14 @@ def test_a_misshapen_tensor_of_a_head_is_refused_by_name(
     assert not (tmp_path / "out").exists()
 
 
+def test_as_many_boxes_as_scores_are_proposed(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    backbone = {f"backbone.{name}": of for name, of in MP3D18BA.items()}
+    file = save(wrapped(made_state(backbone | FASTER_RCNN | {"rpn_head.rpn_cls.bias": (7,)})), tmp_path / "mp3d.pth")
+    assert main([str(file), "--out", str(tmp_path / "out")]) == 3
+    said = "rpn_head.rpn_reg.bias has the shape (12,), and beside rpn_head.rpn_cls.bias, which is (7,), it has four"
+    assert said in capsys.readouterr().err
+
+
 def test_other_anchors_are_drawn_anew(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     backbone = {f"backbone.{name}": of for name, of in MP3D18BA.items()}
     anchors = {name: (5 * of[0], *of[1:]) for name, of in FASTER_RCNN.items() if re.search("rpn_(cls|reg)", name)}

@@ -79,7 +79,6 @@ def test_autocast_computes_in_the_dtype():
         assert (x @ x).dtype is torch.float32
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another allocator")
 @pytest.mark.parametrize(("backbone", "norm"), [("mp3d18ba", "slice_gn"), ("resnet3d18", "gn3d"), ("p3d63", "bn")])
 def test_rounded_weights_are_what_autocast_makes_of_them(backbone: str, norm: str):
     """In the layout of a GPU too."""
@@ -96,6 +95,7 @@ def test_rounded_weights_are_what_autocast_makes_of_them(backbone: str, norm: st
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another allocator")
 def test_freed_memory_is_kept_for_the_next_tensor():
     """Page faults of ten tensors of 64 MB, after the first ten, in a thread of a process of its own."""
     code = """

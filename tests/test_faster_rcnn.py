@@ -166,7 +166,7 @@ def test_proposals_are_torchvisions(seed: int, wanted: int, monkeypatch: pytest.
     theirs = RegionProposalNetwork.filter_proposals(rpn, given, logits, sizes, per_level)
     monkeypatch.setattr(faster_rcnn, "LARGEST_OVERLAP_TABLE", 200 * 200)
     candidates = rpn._get_top_n_idx(logits.view(2, -1), per_level)
-    at_once = rpn._filtered_at_once(given, logits.view(2, -1).sigmoid(), candidates, sizes, per_level)
+    at_once = rpn.filtered_at_once(given, logits.view(2, -1).sigmoid(), candidates, sizes, per_level)
     for found in (rpn.filter_proposals(given, logits, sizes, per_level), at_once):
         for ours, wanted_ones in zip(found, theirs, strict=True):
             assert all(map(torch.equal, ours, wanted_ones))
@@ -185,21 +185,22 @@ def test_a_chain_of_boxes_is_kept_every_other_one():
 
 def test_without_a_proposal_nothing_is_found():
     heads = LesionRoIHeads(HEAD.override({"num_classes": 2})).eval()
-    found = heads.postprocess_detections(torch.zeros(0, 3), torch.zeros(0, 12), [boxes(0, 1)] * 2, [(64, 64)] * 2)
-    assert [[len(each) for each in part] for part in found] == [[0, 0]] * 3
+    for method in (heads.postprocess_detections, heads.postprocess_at_once):
+        found = method(torch.zeros(0, 3), torch.zeros(0, 12), [boxes(0, 1)] * 2, [(64, 64)] * 2)
+        assert [[len(each) for each in part] for part in found] == [[0, 0]] * 3
 
 
 @pytest.mark.parametrize("num_classes", [1, 3])
 @pytest.mark.parametrize("limit", [5, 1000])
 def test_findings_are_torchvisions(num_classes: int, limit: int):
-    """Of three pictures of their own sizes, one without a proposal."""
+    """A GPU's, of three pictures of their own sizes, one without a proposal."""
     heads = LesionRoIHeads(HEAD.override({"num_classes": num_classes, "max_detections": limit})).eval()
     torch.manual_seed(num_classes)
     proposals = [boxes(300, 1) - 10, boxes(0, 2), boxes(100, 3)]
     logits, deltas = 2 * torch.randn(400, num_classes + 1), F.pad(torch.randn(400, 4 * num_classes), (4, 0))
     sizes = [(128, 128), (64, 64), (100, 90)]
     theirs = RoIHeads.postprocess_detections(heads, logits, deltas, proposals, sizes)
-    ours = heads.postprocess_detections(logits, deltas, proposals, sizes)
+    ours = heads.postprocess_at_once(logits, deltas, proposals, sizes)
     for found, wanted in zip(ours, theirs, strict=True):
         assert len(found) == 3
         assert all(map(torch.equal, found, wanted))

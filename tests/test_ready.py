@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mp3d.config import BackboneName, ClassificationHead, ClipConfig, DetectionHead, ModelConfig, SegmentationHead
-from mp3d.device import checked_precision, compile_layers, ready_for_inference
+from mp3d.device import autocast, checked_precision, compile_layers, ready_for_inference
 from mp3d.models import build_model, folded
 from mp3d.models.backbone import build_backbone
 from mp3d.models.folded import ConvNorm, fold, fuse_batch_norms
@@ -59,10 +59,13 @@ def test_a_model_is_ready_once_it_is_fused_and_checked(monkeypatch: pytest.Monke
     clip = Clip(torch.randint(0, 255, (3, 64, 64), dtype=torch.uint8), (1,))
     with torch.no_grad():
         expected = model.eval()([clip])[0]["logits"]
-        assert ready_for_inference(model.train(), CLIP, "bf16", CPU) == torch.bfloat16
-        assert not model.training
-        torch.testing.assert_close(model([clip])[0]["logits"], expected, rtol=1e-4, atol=1e-4)
-    assert ready_for_inference(model, CLIP, "fp32", CPU) is None
+        for precision, dtype, tolerance in (("fp32", None, 1e-4), ("bf16", torch.bfloat16, 0.03)):
+            ready = copy.deepcopy(model).train()
+            assert ready_for_inference(ready, CLIP, precision, CPU) == dtype
+            assert not ready.training
+            with autocast(CPU, dtype):
+                found = ready([clip])[0]["logits"]
+            torch.testing.assert_close(found.float(), expected, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("norm", ["slice_gn", "bn"])

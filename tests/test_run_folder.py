@@ -197,7 +197,7 @@ def test_a_run_begun_before_a_field_existed_has_its_default(is_sweep: bool, tmp_
 
 
 def test_a_damaged_name_is_refused_and_kept(tmp_path: Path):
-    for damaged in (b"{", b"\xff", b"[]"):
+    for damaged in (b"{", b"\xff", b"[]", b"null", b"1"):
         (tmp_path / "run.json").write_bytes(damaged)
         with pytest.raises(ConfigError, match=r"run\.json cannot be read"):
             check_name(tmp_path, "run.json", "a", run_identity(CONFIG))

@@ -108,6 +108,8 @@ class ModelConfig(Config):
             raise ValueError(f"z_padding replicate is for networks that keep z, not {self.backbone} here; take zeros")
         if self.to_2d in ("group", "dense") and not self.keeps_z:
             raise ValueError(f"{self.backbone} leaves no slices to weight; leave to_2d unset, or centre")
+        if self.transform_taps is not None and self.head.kind != "detection":
+            raise ValueError(f"a {self.head.kind} head has no transform; leave transform_taps unset")
         if self.transform_taps is not None and (self.to_2d == "centre" or not self.keeps_z):
             raise ValueError(
                 "the key slice alone is taken here, so there is nothing to weight; leave transform_taps unset"

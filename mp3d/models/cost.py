@@ -51,7 +51,7 @@ def estimate(model: ModelConfig, clip: ClipConfig, image_size: int, autocast: to
         autocast: what a training step computes in; None is float32.
 
     Raises:
-        ConfigError: a backbone that cannot read clips of this depth.
+        ConfigError: a model that cannot read clips of this depth.
     """
     depth, radius = (clip.depth, clip.num_slices // 2) if clip.block is None else (clip.num_slices, 0)
     keys = tuple(range(radius, depth - radius)) if clip.num_key_slices > 1 else (depth // 2,)

@@ -7,6 +7,8 @@ torchvision's Faster R-CNN, with MMDetection 2's numbers and rules where the two
 - RoIAlign is shifted by half a pixel (``aligned``), and its samples may follow the size of the box;
 - the background has no box regression.
 
+A GPU suppresses overlapping boxes of all pictures at once (:func:`kept_by_nms`), to the same answers.
+
 On a CPU what is not trained takes faster ways to the same numbers: RoIAlign (:mod:`mp3d.models.roi_align`), and the
 first layer of the box head, a 7 x 7 convolution of what it sees, as a 1 x 1 one of pixels with 49 times the channels.
 """
@@ -161,8 +163,8 @@ class LesionRPN(RegionProposalNetwork):
         """
         logits = objectness.detach().reshape(len(proposals), -1)
         candidates = self._get_top_n_idx(logits, num_anchors_per_level)
-        if logits.device.type != "cpu":
-            return self._filtered_at_once(proposals, logits.sigmoid(), candidates, image_shapes, num_anchors_per_level)
+        if logits.is_cuda:
+            return self.filtered_at_once(proposals, logits.sigmoid(), candidates, image_shapes, num_anchors_per_level)
         level_ends = torch.tensor(num_anchors_per_level, device=logits.device).cumsum(0)
         boxes, scores = [], []
         for every, scored, best, size in zip(proposals, logits.sigmoid(), candidates, image_shapes, strict=True):
@@ -176,7 +178,7 @@ class LesionRPN(RegionProposalNetwork):
             scores.append(scored[best[kept]])
         return boxes, scores
 
-    def _filtered_at_once(
+    def filtered_at_once(
         self,
         proposals: Float[Tensor, "k a 4"],
         scores: Float[Tensor, "k a"],
@@ -350,8 +352,20 @@ class LesionRoIHeads(RoIHeads):
         image_shapes: list[tuple[int, int]],
     ) -> tuple[list[Boxes], list[Float[Tensor, " b"]], list[Int64[Tensor, " b"]]]:
         """Boxes, scores and labels of every picture after non-maximum suppression in each class, best first;
-        torchvision's, but for all pictures at once.
+        torchvision's, but that a GPU does all pictures at once.
         """
+        if class_logits.is_cuda:
+            return self.postprocess_at_once(class_logits, box_regression, proposals, image_shapes)
+        return super().postprocess_detections(class_logits, box_regression, proposals, image_shapes)
+
+    def postprocess_at_once(
+        self,
+        class_logits: Float[Tensor, "r c"],
+        box_regression: Float[Tensor, "r 4*c"],
+        proposals: list[Boxes],
+        image_shapes: list[tuple[int, int]],
+    ) -> tuple[list[Boxes], list[Float[Tensor, " b"]], list[Int64[Tensor, " b"]]]:
+        """The same in a few large kernels: all lists as long as the longest, which a CPU would have to work off."""
         counts = torch.tensor([len(each) for each in proposals], device=class_logits.device)
         picture_of = torch.repeat_interleave(counts, output_size=len(class_logits))
         heights, widths = box_regression.new_tensor(image_shapes)[picture_of].unbind(1)
