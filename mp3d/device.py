@@ -176,10 +176,10 @@ def checked_precision(model: nn.Module, clip: ClipConfig, dtype: torch.dtype | N
         return None
     device = next(model.parameters()).device
     x = torch.randn(1, 1, clip.depth, clip.image_size, clip.image_size, generator=torch.Generator().manual_seed(0))
-    with torch.set_grad_enabled(model.training):
+    with torch.no_grad():
         exact = _features(model, x.to(device))
-        with autocast(device, dtype):
-            rounded = _features(model, x.to(device))
+    with torch.set_grad_enabled(model.training), autocast(device, dtype):
+        rounded = _features(model, x.to(device))
     for name, features in exact.items():
         difference = _worst_difference(features, rounded[name])
         if not difference <= MAX_DIFFERENCE:

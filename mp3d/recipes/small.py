@@ -158,7 +158,8 @@ def small_finetune() -> TrainConfig:
     Data: CT series with regions drawn, e.g. Soft-tissue-Sarcoma (The Cancer Imaging Archive).
     Cost: minutes on two CPU cores.
     Expected: no score is published of so small a network.
-    Measured: nothing that is kept.
+    Measured: mean sensitivity 0.593 at 0.5 to 4 false positives an image on 16 sarcoma patients in two folds, not
+        pre-trained (benchmarks/results.md).
     """
     return synthetic_finetune().override(
         {
