@@ -10,15 +10,15 @@ from torchvision.models.detection.rpn import RegionProposalNetwork
 from torchvision.ops import box_iou, roi_align
 
 from mp3d.config import DetectionHead
-from mp3d.models import faster_rcnn
+from mp3d.models import nms
 from mp3d.models.faster_rcnn import (
     BoxPredictor,
     LesionRoIHeads,
     LesionRPN,
     MaxIoUMatcher,
     PyramidRoIAlign,
-    kept_by_nms,
 )
+from mp3d.models.nms import kept_by_nms
 
 HEAD = DetectionHead(fpn_channels=4, box_features=8, rpn_post_nms=(30, 20))
 
@@ -164,7 +164,7 @@ def test_proposals_are_torchvisions(seed: int, wanted: int, monkeypatch: pytest.
     logits = torch.randn(1200, 1, generator=torch.Generator().manual_seed(seed))
     sizes = [(128, 128), (100, 90)]
     theirs = RegionProposalNetwork.filter_proposals(rpn, given, logits, sizes, per_level)
-    monkeypatch.setattr(faster_rcnn, "LARGEST_OVERLAP_TABLE", 200 * 200)
+    monkeypatch.setattr(nms, "LARGEST_OVERLAP_TABLE", 200 * 200)
     candidates = rpn._get_top_n_idx(logits.view(2, -1), per_level)
     at_once = rpn.filtered_at_once(given, logits.view(2, -1).sigmoid(), candidates, sizes, per_level)
     for found in (rpn.filter_proposals(given, logits, sizes, per_level), at_once):

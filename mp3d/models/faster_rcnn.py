@@ -7,7 +7,7 @@ torchvision's Faster R-CNN, with MMDetection 2's numbers and rules where the two
 - RoIAlign is shifted by half a pixel (``aligned``), and its samples may follow the size of the box;
 - the background has no box regression.
 
-A GPU suppresses overlapping boxes of all pictures at once (:func:`kept_by_nms`), to the same answers.
+A GPU suppresses overlapping boxes of all pictures at once (:mod:`mp3d.models.nms`), to the same answers.
 
 On a CPU what is not trained takes faster ways to the same numbers: RoIAlign (:mod:`mp3d.models.roi_align`), and the
 first layer of the box head, a 7 x 7 convolution of what it sees, as a 1 x 1 one of pixels with 49 times the channels.
@@ -24,22 +24,19 @@ from torchvision.models.detection._utils import BoxCoder, Matcher
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
-from torchvision.ops import batched_nms, clip_boxes_to_image, remove_small_boxes, roi_align
+from torchvision.ops import clip_boxes_to_image, remove_small_boxes, roi_align
 from torchvision.ops.poolers import LevelMapper
 
 from mp3d.config import DetectionHead
 from mp3d.models.anchors import build_anchor_generator
 from mp3d.models.folded import PIXEL_BATCH, conv_pixels
 from mp3d.models.key_slice_sampler import KeySliceSampler
+from mp3d.models.nms import best_after_nms, kept_by_nms
 from mp3d.models.roi_align import ROI_SIZE, ROI_STRIDES, bag_roi_align
 
 Boxes = Float[Tensor, "b 4"]
-LARGEST_OVERLAP_TABLE = 2**25
-"""Most overlaps of boxes in memory at a time, some 20 bytes each for a moment."""
 SMALLEST_SIDE_PX = 1e-2
 """Of a box that is found; torchvision's."""
-ROUNDS_BETWEEN_LOOKS = 4
-"""Looking whether anything changed waits for a GPU."""
 
 
 class Float32RPNHead(RPNHead):
@@ -70,51 +67,6 @@ class MaxIoUMatcher(Matcher):
         numbers = torch.arange(1, len(best) + 1, device=matches.device)[:, None]
         last = (is_best * numbers).amax(dim=0)
         matches[last > 0] = last[last > 0] - 1
-
-
-def best_after_nms(
-    boxes: Boxes, scores: Float[Tensor, " b"], groups: Int64[Tensor, " b"], iou: float, count: int
-) -> Int64[Tensor, " k"]:
-    """The first ``count`` of what non-maximum suppression keeps within each group, best first, equal scores in order.
-
-    A box is suppressed by better ones only, so the best few are tried alone, then twice as many, until enough are left.
-    """
-    order = scores.argsort(descending=True, stable=True)
-    tried = 2 * count
-    while True:
-        best = order[:tried]
-        kept = batched_nms(boxes[best], scores[best], groups[best], iou)
-        if len(kept) >= count or tried >= len(order):
-            return best[kept[:count]]
-        tried *= 2
-
-
-def kept_by_nms(boxes: Float[Tensor, "k b 4"], usable: Bool[Tensor, "k b"], iou: float) -> Bool[Tensor, "k b"]:
-    """Which of ``k`` lists of boxes, each in descending order of scores, non-maximum suppression keeps of the usable.
-
-    A box is kept if no kept one before it overlaps it by more than ``iou``. Said of all boxes at once and again until
-    nothing changes, this is the greedy answer: after n rounds the first n boxes have theirs for good.
-    """
-    kept = []
-    at_once = max(LARGEST_OVERLAP_TABLE // max(boxes.shape[1], 1) ** 2, 1)
-    for some, good in zip(boxes.split(at_once), usable.split(at_once), strict=True):
-        suppresses = (overlaps_within(some) > iou).triu(1).float()
-        kept_now, before = good, torch.zeros_like(good)
-        while not torch.equal(kept_now, before):
-            for _ in range(ROUNDS_BETWEEN_LOOKS):
-                before = kept_now
-                kept_now = good & (torch.bmm(before[:, None].float(), suppresses)[:, 0] == 0)
-        kept.append(kept_now)
-    return torch.cat(kept)
-
-
-def overlaps_within(boxes: Float[Tensor, "k b 4"]) -> Float[Tensor, "k b b"]:
-    """IoU of all pairs of a list."""
-    x1, y1, x2, y2 = boxes.unbind(2)
-    areas = (x2 - x1) * (y2 - y1)
-    common = torch.minimum(x2[:, :, None], x2[:, None]).sub_(torch.maximum(x1[:, :, None], x1[:, None])).clamp_(min=0)
-    common *= torch.minimum(y2[:, :, None], y2[:, None]).sub_(torch.maximum(y1[:, :, None], y1[:, None])).clamp_(min=0)
-    return common / (areas[:, :, None] + areas[:, None] - common)
 
 
 class LesionRPN(RegionProposalNetwork):
