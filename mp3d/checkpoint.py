@@ -290,7 +290,7 @@ def _check_place(found: Checkpoint) -> None:
 
 
 def identity_of(known: dict[str, Any]) -> dict[str, Any]:
-    """That of a stored run, with the defaults of the fields that came into being since it was written.
+    """What a stored ``run.json`` says that its run is, with the defaults of the fields that came into being since.
 
     Raises:
         ValueError: the configuration of no run, or of one of a later version.

@@ -230,7 +230,10 @@ def fill(model: nn.Module, file: ReleasedFile, plan: Plan, config: ConvertConfig
             tensor.copy_(file.tensor(name)[4:])
             moved.append(key)
         elif source_shape and not (key.startswith(ANCHORS) and source_shape[1:] == shape[1:]):
-            raise CheckpointError(f"{name} has the shape {source_shape}, and beside the file's other tensors {shape}")
+            raise CheckpointError(
+                f"{name} has the shape {source_shape}, and by the file's other tensors it must have {shape}; "
+                "the file is damaged, or of another kind of detector"
+            )
         else:
             reinitialised.append(Reinitialised(key, shape, source_shape))
     used = {sources[key] for key in [*moved, *inflated]}
@@ -244,8 +247,8 @@ def check_anchors(shapes: Mapping[str, Shape], heads: Mapping[str, str]) -> None
         scores, boxes = (heads.get(f"{layer}.{leaf}") for layer in ANCHORS)
         if scores and boxes and shapes[boxes][0] != 4 * shapes[scores][0]:
             raise CheckpointError(
-                f"{boxes} has the shape {shapes[boxes]}, and beside {scores}, which is {shapes[scores]}, it has four "
-                "times as many rows"
+                f"{boxes} has the shape {shapes[boxes]}, and must have four rows for each of {scores}, whose shape is "
+                f"{shapes[scores]}; the file is damaged, or of another kind of detector"
             )
 
 

@@ -135,8 +135,8 @@ def test_an_isotropic_classifier_learns():
         ({"backbone": "p3d63", "z_padding": "replicate"}, "z_padding replicate is for networks that keep z, not p3d63"),
         ({"transform_taps": 3, "head": CLASSES}, "a classification head has no transform"),
         ({"transform_taps": 4}, "transform_taps is 4; it must be odd"),
-        ({"transform_taps": 3, "to_2d": "centre"}, "nothing to weight; leave transform_taps unset"),
-        ({"transform_taps": 3, "backbone": "p3d63"}, "nothing to weight; leave transform_taps unset"),
+        ({"transform_taps": 3, "to_2d": "centre"}, "nothing to weight; set transform_taps to None"),
+        ({"transform_taps": 3, "backbone": "p3d63"}, "nothing to weight; set transform_taps to None"),
         ({"strides": {"isotropic": True, "pool": "1x3x3"}}, "isotropic strides halve z in the pool too"),
     ],
 )

@@ -88,7 +88,7 @@ def test_a_misshapen_tensor_of_a_head_is_refused_by_name(
     backbone = {f"backbone.{name}": of for name, of in MP3D18BA.items()}
     file = save(wrapped(made_state(backbone | FASTER_RCNN | {key: shape})), tmp_path / "mp3d.pth")
     assert main([str(file), "--out", str(tmp_path / "out")]) == 3
-    said = f"{key} has the shape {shape}, and beside the file's other tensors {wanted}"
+    said = f"{key} has the shape {shape}, and by the file's other tensors it must have {wanted}"
     assert said in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
@@ -97,7 +97,7 @@ def test_as_many_boxes_as_scores_are_proposed(tmp_path: Path, capsys: pytest.Cap
     backbone = {f"backbone.{name}": of for name, of in MP3D18BA.items()}
     file = save(wrapped(made_state(backbone | FASTER_RCNN | {"rpn_head.rpn_cls.bias": (7,)})), tmp_path / "mp3d.pth")
     assert main([str(file), "--out", str(tmp_path / "out")]) == 3
-    said = "rpn_head.rpn_reg.bias has the shape (12,), and beside rpn_head.rpn_cls.bias, which is (7,), it has four"
+    said = "rpn_head.rpn_reg.bias has the shape (12,), and must have four rows for each of rpn_head.rpn_cls.bias"
     assert said in capsys.readouterr().err
 
 

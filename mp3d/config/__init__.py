@@ -109,10 +109,10 @@ class ModelConfig(Config):
         if self.to_2d in ("group", "dense") and not self.keeps_z:
             raise ValueError(f"{self.backbone} leaves no slices to weight; leave to_2d unset, or centre")
         if self.transform_taps is not None and self.head.kind != "detection":
-            raise ValueError(f"a {self.head.kind} head has no transform; leave transform_taps unset")
+            raise ValueError(f"a {self.head.kind} head has no transform; set transform_taps to None")
         if self.transform_taps is not None and (self.to_2d == "centre" or not self.keeps_z):
             raise ValueError(
-                "the key slice alone is taken here, so there is nothing to weight; leave transform_taps unset"
+                "the key slice alone is taken here, so there is nothing to weight; set transform_taps to None"
             )
         if self.transform_taps is not None and self.transform_taps % 2 == 0:
             raise ValueError(f"transform_taps is {self.transform_taps}; it must be odd, the key slice in its middle")
