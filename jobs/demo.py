@@ -145,13 +145,19 @@ def endpoint(checkpoint: Path, log: Path) -> Iterator[str]:
     print(f"-- on port {port}, its log in {os.path.relpath(log)}", flush=True)
     url = f"http://127.0.0.1:{port}"
     with log.open("w") as file:
+        # a demo in the background of a script was started with SIGINT ignored, which the endpoint would inherit
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)
         process = subprocess.Popen([str(word) for word in command], stdout=file, stderr=subprocess.STDOUT)
+        signal.signal(signal.SIGINT, before)
         try:
             wait_until_ready(url, READY_TIMEOUT_S)
             yield url
         finally:
             process.send_signal(signal.SIGINT)  # as Ctrl-C does: the application is removed
-            process.wait(timeout=60)
+            try:
+                process.wait(timeout=60)
+            except subprocess.TimeoutExpired:
+                process.kill()
 
 
 def job(name: str, *args: object) -> None:
